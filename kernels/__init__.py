@@ -1,0 +1,1 @@
+"""Device kernels compiled at run time, one folder per compiler."""
