@@ -1,0 +1,10 @@
+"""Ops of Mamba models: one call, one result, on every backend that can run here."""
+
+from __future__ import annotations
+
+from fastlvm.ops._native import get_num_threads, set_num_threads
+from fastlvm.ops.causal_conv1d import causal_conv1d
+from fastlvm.ops.dispatch import explain
+from fastlvm.ops.ssm_scan import ssm_scan
+
+__all__ = ["causal_conv1d", "explain", "get_num_threads", "set_num_threads", "ssm_scan"]

@@ -1,0 +1,41 @@
+"""What kind of array was handed in, asked without importing a framework nobody uses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def kind(x: Any) -> str | None:
+    """Give "numpy", "torch", or None for anything else. torch is looked at only where it is loaded already."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
+        return "numpy"
+    return None
+
+
+def dtype_name(x: Any) -> str:
+    """Give "float32" for both numpy.float32 and torch.float32; a foreign byte order is part of the name."""
+    if isinstance(x, np.ndarray):
+        return x.dtype.name if x.dtype.isnative else x.dtype.str
+    return str(x.dtype).removeprefix("torch.")
+
+
+def device(x: Any) -> str:
+    """Give "cpu" for numpy, else the device the tensor is on, such as "cuda:0"."""
+    return "cpu" if isinstance(x, np.ndarray) else str(x.device)
+
+
+def through_torch(function: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:
+    """Call a torch function on numpy arguments; its tensors come back as numpy arrays."""
+    import torch
+
+    # np.array copies: torch takes neither negative strides nor read-only memory.
+    tensors = [torch.from_numpy(np.array(a)) if isinstance(a, np.ndarray) else a for a in args]
+    with torch.no_grad():
+        return tuple(t.numpy() for t in function(*tensors))

@@ -1,0 +1,98 @@
+"""What the torch custom ops share: gradient buffers for the extension, and the second derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(x: Tensor | None) -> Tensor | None:
+    """The tensor as DLPack lends it: without its autograd history."""
+    return None if x is None else x.detach()
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype kernels compute in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gradient_buffers(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Contiguous buffers in the compute dtype, one for each input whose gradient is wanted, None for the others."""
+    return [
+        torch.empty(x.shape, dtype=state_dtype(x), device=x.device) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def gradients(inputs: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The buffers in the dtype of their inputs; an empty tensor stands for a gradient nobody wants.
+
+    A custom op returns tensors only, never None: `fake_gradients` and `or_none` know the same convention.
+    """
+    lead = inputs[0]
+    assert lead is not None
+    return tuple(
+        lead.new_empty(0) if x is None or buffer is None else buffer.to(x.dtype)
+        for x, buffer in zip(inputs, buffers, strict=True)
+    )
+
+
+def fake_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What `gradients` returns, without data."""
+    lead = inputs[0]
+    assert lead is not None
+    return tuple(
+        x.new_empty(x.shape) if want and x is not None else lead.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
+def or_none(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients wanted, None in the place of the others."""
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+
+def second_order(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Backward of a backward, by differentiating the reference formula twice.
+
+    Args:
+        forward: maps `inputs` to the op's two outputs.
+        inputs, grad_outputs, wanted: what the first backward was given.
+        cotangents: gradients of the loss with respect to the first backward's results; None where there is none.
+
+    Returns:
+        Gradients for `[*grad_outputs, *inputs]`; None where an argument is None or does not take part.
+    """
+    again = torch.is_grad_enabled()  # create_graph: a third derivative may follow
+    with torch.enable_grad():
+        # Aliases: gradients stop at them, while a graph for a third derivative still reaches the originals.
+        xs, gs = ([None if t is None else _alias(t) for t in group] for group in (inputs, grad_outputs))
+        asked = [(x, v) for x, want, v in zip(xs, wanted, cotangents, strict=True) if want and v is not None]
+        first = _grad(zip(forward(*xs), gs, strict=True), [x for x, _ in asked], create_graph=True)
+        leaves = [t for t in (*gs, *xs) if t is not None]
+        second = iter(_grad(zip(first, (v for _, v in asked), strict=True), leaves, create_graph=again))
+    return [None if t is None else next(second) for t in (*gs, *xs)]
+
+
+def _grad(
+    pairs: Iterable[tuple[Tensor | None, Tensor | None]], inputs: list[Any], *, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad of pairs (output, its gradient), where either may be missing."""
+    kept = [(y, g) for y, g in pairs if y is not None and g is not None and y.requires_grad]
+    if not kept or not inputs:
+        return [None] * len(inputs)
+    outputs, grads = zip(*kept, strict=True)
+    return torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True)
+
+
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

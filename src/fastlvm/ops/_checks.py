@@ -1,0 +1,77 @@
+"""Checks every op makes before a kernel runs. Each error names the argument, what it got and what it wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastlvm.ops import _arrays
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+_WANTS = {"numpy": "numpy arrays", "torch": "torch tensors"}
+
+
+def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> None:
+    """Same kind, same device, real floating dtypes, dense; the first entry sets kind, device and precision.
+
+    Raises:
+        TypeError: not an array, another kind than the first, a dtype no kernel takes, float64 beside other floats.
+        ValueError: another device than the first.
+    """
+    lead = next(iter(named))
+    for name, x in named.items():
+        if x is None and name in optional:
+            continue
+        _check_kind(op, name, x, lead, named[lead])
+        _check_dtype(op, name, x, lead, named[lead])
+        here, there = _arrays.device(x), _arrays.device(named[lead])
+        if here != there:
+            raise ValueError(f"{op}: {name} is on {here} but {lead} is on {there}; move them to one device")
+
+
+def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:
+    kind = _arrays.kind(x)
+    if kind is None:
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; wants a numpy array or a torch tensor")
+    if kind != _arrays.kind(first):
+        other = _WANTS[_arrays.kind(first) or "numpy"]
+        raise TypeError(f"{op}: {name} is a {type(x).__name__} but {lead} is a {type(first).__name__}; wants {other}")
+    if kind == "torch" and (x.is_nested or str(x.layout) != "torch.strided"):
+        raise TypeError(f"{op}: {name} has layout {x.layout}; wants a dense (strided) tensor")
+
+
+def _check_dtype(op: str, name: str, x: Any, lead: str, first: Any) -> None:
+    dtype, wanted = _arrays.dtype_name(x), _arrays.dtype_name(first)
+    if dtype not in _FLOATS or (isinstance(x, np.ndarray) and dtype == "bfloat16"):
+        wants = "real floats" if "complex" in dtype else "floats"
+        raise TypeError(f"{op}: {name} is {dtype}; wants {wants}: float32, float16, bfloat16 (torch) or float64")
+    if (dtype == "float64") != (wanted == "float64"):
+        raise TypeError(f"{op}: {name} is {dtype} but {lead} is {wanted}; float64 goes with float64 only, convert one")
+
+
+def check_shape(op: str, name: str, x: Any, letters: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `x` (None is skipped) has exactly `shape`; `letters` name the axes, as "(B, D, L)"."""
+    if x is None:
+        return
+    if x.ndim != len(shape):
+        raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {len(shape)}: {letters}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {_show(x)}; wants {letters} = {tuple(int(n) for n in shape)}")
+
+
+def check_rank(op: str, name: str, x: Any, letters: str, *ranks: int) -> None:
+    """Raise ValueError unless `x` has one of the given numbers of dimensions."""
+    if x.ndim not in ranks:
+        wants = " or ".join(str(rank) for rank in ranks)
+        raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {wants}: {letters}")
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a bool: a string such as "no" would silently mean yes."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{op}: {name} is {value!r}; wants True or False")
+
+
+def _show(x: Any) -> str:
+    return str(tuple(int(n) for n in x.shape))

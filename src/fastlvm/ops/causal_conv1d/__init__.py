@@ -1,0 +1,72 @@
+"""The causal depthwise convolution of Mamba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlvm.ops import _checks, dispatch
+from fastlvm.ops.causal_conv1d import cpu, reference
+
+_OP = "causal_conv1d"
+_OPTIONAL = ("bias", "initial_state")
+_ACTIVATIONS = (None, "silu", "swish")
+
+
+def causal_conv1d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    activation: str | None = None,
+    initial_state: Any = None,
+    return_final_state: bool = False,
+    *,
+    backend: str = "auto",
+) -> Any:
+    """Convolve every channel with its own filter over the past: `out_t = act(bias + Σ_k weight_k x_{t-W+1+k})`.
+
+    numpy arrays in, numpy arrays out; torch tensors in, torch tensors out, with gradients for every array, through the
+    final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
+    own, with float32 sums; or float64 throughout.
+
+    Args:
+        x: input [B, D, L]. Any size may be 0.
+        weight: filters [D, W], W at least 1, the newest input last.
+        bias: [D].
+        activation: None, "silu" or its other name "swish".
+        initial_state: the W-1 inputs before x, oldest first, [B, D, W-1]; zero when None.
+        return_final_state: also return the last W-1 inputs, those of `initial_state` included where L < W-1.
+        backend: "auto", or a name that `fastlvm.explain("causal_conv1d", ...)` lists.
+
+    Returns:
+        Output [B, D, L] in x's dtype; with `return_final_state` a pair of it and the state [B, D, W-1] in x's dtype,
+        which a next call takes as `initial_state`.
+
+    Raises:
+        TypeError: an argument is no array, of another kind than x, or of a dtype that is not taken.
+        ValueError: a rank, a shape, a device or the activation does not fit, or the backend named cannot run the call.
+    """
+    args = (x, weight, bias, activation, initial_state)
+    _check(*args)
+    _checks.check_flag(_OP, "return_final_state", return_final_state)
+    out, final_state = dispatch.choose(_OP, backend, args).run(*args)
+    return (out, final_state) if return_final_state else out
+
+
+def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any) -> None:
+    named = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
+    _checks.check_arrays(_OP, _OPTIONAL, named)
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise ValueError(f'{_OP}: activation is {activation!r}; wants None, "silu" or "swish"')
+
+    _checks.check_rank(_OP, "x", x, "(B, D, L)", 3)
+    _checks.check_rank(_OP, "weight", weight, "(D, W)", 2)
+    batch, channels, _ = x.shape
+    width = weight.shape[1]
+    if width < 1:
+        raise ValueError(f"{_OP}: weight has shape {tuple(weight.shape)}; wants (D, W) with W at least 1")
+    _checks.check_shape(_OP, "weight", weight, "(D, W)", (channels, width))
+    _checks.check_shape(_OP, "bias", bias, "(D,)", (channels,))
+    _checks.check_shape(_OP, "initial_state", initial_state, "(B, D, W-1)", (batch, channels, width - 1))
+
+
+dispatch.register(_OP, causal_conv1d, _check, cpu, reference)

@@ -1,0 +1,90 @@
+"""The causal convolution as torch custom ops: `fastlvm::causal_conv1d`, its backward, their fakes and gradients.
+
+Imported when the first tensor arrives. The second derivative goes through the reference formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlvm import _C
+from fastlvm.ops import _autograd
+from fastlvm.ops.causal_conv1d import reference
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state"
+_GRADS = "(" + ", ".join(["Tensor"] * 4) + ")"
+
+
+@torch.library.custom_op(
+    "fastlvm::causal_conv1d", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def causal_conv1d(x, weight, bias, silu, initial_state):
+    out, final_state = _outputs(x, weight)
+    tensors = [_autograd.plain(t) for t in (x, weight, bias)]
+    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), out, final_state)
+    return out, final_state
+
+
+@causal_conv1d.register_fake
+def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    # [B, D, L] laid out as x is, [B, D, W-1]
+    return torch.empty_like(x), x.new_empty((*x.shape[:2], weight.shape[1] - 1))
+
+
+@torch.library.custom_op(
+    "fastlvm::causal_conv1d_bwd",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
+)
+def causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
+    inputs = (x, weight, bias, initial_state)
+    buffers = _autograd.gradient_buffers(inputs, wanted)
+    plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
+    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *buffers)
+    return _autograd.gradients(inputs, buffers)
+
+
+@causal_conv1d_bwd.register_fake
+def _fake_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
+    return _autograd.fake_gradients((x, weight, bias, initial_state), wanted)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.silu, initial_state = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_final_state):
+    x, weight, bias, initial_state = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [*needs[:3], needs[4]]
+    grads: list[Tensor | None] = [None] * 4
+    if grad_out is not None or grad_final_state is not None:
+        results = causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, ctx.silu, initial_state, wanted)
+        grads = _autograd.or_none(results, wanted)
+    return (*grads[:3], None, grads[3])
+
+
+def _save_bwd(ctx, inputs, output):
+    grad_out, grad_final_state, x, weight, bias, ctx.silu, initial_state, ctx.wanted = inputs
+    ctx.save_for_backward(grad_out, grad_final_state, x, weight, bias, initial_state)
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    grad_out, grad_final_state, *tensors = ctx.saved_tensors
+
+    def forward(x, weight, bias, initial_state):
+        return reference.conv(x, weight, bias, "silu" if ctx.silu else None, initial_state)
+
+    grads = _autograd.second_order(forward, tensors, (grad_out, grad_final_state), ctx.wanted, cotangents)
+    return (*grads[:-1], None, grads[-1], None)
+
+
+causal_conv1d.register_autograd(_backward, setup_context=_save)
+causal_conv1d_bwd.register_autograd(_double_backward, setup_context=_save_bwd)

@@ -1,0 +1,101 @@
+"""The selective scan as torch custom ops: `fastlvm::ssm_scan`, `fastlvm::ssm_scan_bwd`, their fakes and gradients.
+
+Imported when the first tensor arrives. The second derivative goes through the reference formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlvm import _C
+from fastlvm.ops import _autograd
+from fastlvm.ops.ssm_scan import reference
+
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, Tensor? initial_state"
+)
+_GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
+
+
+@torch.library.custom_op(
+    "fastlvm::ssm_scan", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+    out, final_state = _outputs(u, delta, A)
+    tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
+    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, final_state)
+    return out, final_state
+
+
+@ssm_scan.register_fake
+def _outputs(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    final_state = u.new_empty((*u.shape[:2], A.shape[1]), dtype=_autograd.state_dtype(u))
+    return torch.empty_like(u), final_state  # [B, D, L] laid out as u is, [B, D, N]
+
+
+@torch.library.custom_op(
+    "fastlvm::ssm_scan_bwd",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
+)
+def ssm_scan_bwd(grad_out, grad_final_state, *args):
+    inputs, delta_softplus, wanted = _split(args)
+    buffers = _autograd.gradient_buffers(inputs, wanted)
+    plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
+    _C.ssm_scan_bwd(*plain[:-1], delta_softplus, plain[-1], *buffers)
+    return _autograd.gradients(inputs, buffers)
+
+
+@ssm_scan_bwd.register_fake
+def _fake_bwd(grad_out, grad_final_state, *args):
+    inputs, _, wanted = _split(args)
+    return _autograd.fake_gradients(inputs, wanted)
+
+
+def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, list[bool]]:
+    """The nine tensors, the flag between them, and which gradients are wanted."""
+    *tensors, delta_softplus, initial_state, wanted = args
+    return [*tensors, initial_state], delta_softplus, wanted
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, initial_state = inputs
+    ctx.save_for_backward(*tensors, initial_state)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_final_state):
+    *tensors, initial_state = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [*needs[:8], needs[9]]
+    grads: list[Tensor | None] = [None] * 9
+    if grad_out is not None or grad_final_state is not None:
+        results = ssm_scan_bwd(grad_out, grad_final_state, *tensors, ctx.delta_softplus, initial_state, wanted)
+        grads = _autograd.or_none(results, wanted)
+    return (*grads[:8], None, grads[8])
+
+
+def _save_bwd(ctx, inputs, output):
+    grad_out, grad_final_state, *args = inputs
+    tensors, ctx.delta_softplus, ctx.wanted = _split(tuple(args))
+    ctx.save_for_backward(grad_out, grad_final_state, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    grad_out, grad_final_state, *tensors = ctx.saved_tensors
+
+    def forward(u, delta, A, B, C, D, z, delta_bias, initial_state):
+        return reference.scan(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state)
+
+    grads = _autograd.second_order(forward, tensors, (grad_out, grad_final_state), ctx.wanted, cotangents)
+    return (*grads[:-1], None, grads[-1], None)
+
+
+ssm_scan.register_autograd(_backward, setup_context=_save)
+ssm_scan_bwd.register_autograd(_double_backward, setup_context=_save_bwd)

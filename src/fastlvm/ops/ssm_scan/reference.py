@@ -1,0 +1,93 @@
+"""The selective scan in plain PyTorch: the definition of correct.
+
+Equations of Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3, for every
+batch and channel, with state h in R^N:
+
+    Δ_t = softplus(delta_t + delta_bias)
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t       A by zero-order hold, B by its first-order (Euler) form
+    y_t = <C_t, h_t> + D u_t
+    out = y · silu(z)
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from fastlvm.ops import _arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def supports(u: Any, *args: Any) -> tuple[bool, str]:
+    if find_spec("torch") is None:
+        return False, "torch is not installed"
+    return True, describe()
+
+
+def describe() -> str:
+    return "plain PyTorch"
+
+
+def run(*args: Any) -> tuple[Any, ...]:
+    if _arrays.kind(args[0]) == "numpy":
+        return _arrays.through_torch(scan, *args)
+    return scan(*args)
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, D, L] in u's dtype and final state [B, D, N]; computes in float32, in float64 for float64."""
+    import torch
+    import torch.nn.functional as F
+
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    batch, channels, length = u.shape
+
+    x = u.to(dtype)
+    step = delta.to(dtype)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        step = F.softplus(step, threshold=20.0)
+    A = A.to(dtype)
+    B = _per_channel(B.to(dtype), channels)  # [B or 1, D or 1, N, L or 1]
+    C = _per_channel(C.to(dtype), channels)
+
+    if initial_state is None:
+        h = torch.zeros(batch, channels, A.shape[1], dtype=dtype, device=u.device)
+    else:
+        h = initial_state.to(dtype)
+    ys = []
+    for t in range(length):
+        B_t, C_t = B[..., t % B.shape[-1]], C[..., t % C.shape[-1]]  # a constant B or C has one time step
+        step_t = step[:, :, t, None]
+        h = torch.exp(step_t * A) * h + step_t * B_t * x[:, :, t, None]  # [B, D, N]
+        ys.append((h * C_t).sum(-1))
+    y = torch.stack(ys, dim=-1) if ys else x.new_zeros(batch, channels, 0)
+
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), h.clone() if h is initial_state else h
+
+
+def _per_channel(M: Tensor, channels: int) -> Tensor:
+    """B or C in any of its layouts as [B or 1, D or 1, N, L or 1]."""
+    if M.ndim == 2:  # (D, N): constant in time
+        return M[None, :, :, None]
+    if M.ndim == 3:  # (B, N, L): shared by all channels
+        return M[:, None]
+    return M.repeat_interleave(channels // max(M.shape[1], 1), dim=1)  # (B, G, N, L): a run of D / G channels a group
