@@ -1,0 +1,124 @@
+"""What a training run is asked to do, as data, and the learning rate it follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastlvm.errors import InputError
+
+OBJECTIVES = ("contrastive", "ar")
+PROJECTIONS = ("none", "mlp")
+NEGATIVES = ("batch", "payload")
+FALSE_NEGATIVES = ("article", "group")
+SPACES = ("whiten", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Settings of a run; a resumed run has to have the same ones.
+
+    objective          "contrastive" (InfoNCE and the cosine to the target) or "ar" (cosine and squared error alone).
+    space              "whiten": mean and whitening fitted on the training articles; "none": vectors as they are.
+    epochs, batch_size, lr, weight_decay, clip, seed    as usual; lr is the peak, clip the gradient norm's bound.
+    warmup_steps       optimizer steps of linear warm-up, then a cosine down to 1 % of lr at the last step.
+    patience           epochs without a better validation R@5 after which the run stops; 0 never stops early.
+    projection         where InfoNCE is taken: "none" on the model's output, "mlp" behind a projection head.
+    negatives          "batch": the other targets of the batch; "payload": every row of the training articles.
+    false_negatives    rows that never serve as negatives: "article", those of the target's article and duplicate group;
+                       "group", the duplicate group and the window's own context.
+    temperature        of InfoNCE.
+    infonce_weight     λ in λ · InfoNCE + (1 − λ) · (1 − cosine).
+    context_dropout    probability that a window's last 1–3 context vectors are set to zero.
+    span_corruption    probability that one context vector is replaced by one of another training article.
+    ema                decay of an exponential average of the weights, which is then evaluated and kept; 0 is off.
+    validation_limit   most validation windows an epoch is judged on, a fixed random sample of them.
+    """
+
+    objective: str = "contrastive"
+    space: str = "whiten"
+    epochs: int = 20
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    patience: int = 4
+    clip: float = 1.0
+    seed: int = 0
+    projection: str = "none"
+    negatives: str = "payload"
+    false_negatives: str = "article"
+    temperature: float = 0.07
+    infonce_weight: float = 0.7
+    context_dropout: float = 0.2
+    span_corruption: float = 0.1
+    ema: float = 0.0
+    validation_limit: int = 5000
+
+    def __post_init__(self) -> None:
+        for field, known in (
+            ("objective", OBJECTIVES),
+            ("space", SPACES),
+            ("projection", PROJECTIONS),
+            ("negatives", NEGATIVES),
+            ("false_negatives", FALSE_NEGATIVES),
+        ):
+            value = getattr(self, field)
+            if value not in known:
+                raise InputError(f"{field} is {value!r}: choose one of {', '.join(known)}")
+        for field, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("warmup_steps", 0),
+            ("patience", 0),
+            ("seed", 0),
+            ("validation_limit", 1),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{field} is {value!r}, and it has to be a whole number of at least {least}")
+        for field, least_open in (("lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
+            value = getattr(self, field)
+            if not _is_real(value) or value < 0 or (least_open and value == 0):
+                raise InputError(f"{field} is {value!r}, and it has to be {'above' if least_open else 'at least'} 0")
+        for field, below_one in (
+            ("infonce_weight", False),
+            ("context_dropout", False),
+            ("span_corruption", False),
+            ("ema", True),
+        ):
+            value = getattr(self, field)
+            if not _is_real(value) or not 0 <= value <= 1 or (below_one and value == 1):
+                raise InputError(f"{field} is {value!r}, and it has to lie between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainOptions:
+        """Build from a mapping; a key that is no field is refused."""
+        known = option_names()
+        for key in values:
+            if key not in known:
+                raise InputError(f"{key!r} is no training option: choose from {', '.join(known)}")
+        return cls(**values)
+
+
+def option_names() -> list[str]:
+    """Names of the fields of `TrainOptions`."""
+    return [field.name for field in dataclasses.fields(TrainOptions)]
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions, floor: float = 0.01) -> float:
+    """Rate of optimizer step `step` (0-based) of `steps`: linear up to lr, then a cosine down to floor · lr."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    span = max(1, steps - 1 - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / span)
+    return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,173 @@
+"""A run folder: what it belongs to, how it is started, found again and read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastlvm.data import Space
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.files import atomic_folder, read_json, sha256_json, write_json
+from fastlvm.models import ModelConfig, create
+from fastlvm.training import checkpoint
+from fastlvm.training.options import TrainOptions, option_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastlvm.data import Payload, Windows
+
+FORMAT = 1
+CONFIG, SPACE, HISTORY = "config.json", "space.safetensors", "history.json"
+LAST, BEST = "last.safetensors", "best.safetensors"
+DECAYS = tuple(round(0.1 * step, 1) for step in range(1, 11))
+DECAY_WINDOWS = 1000
+
+
+def request(
+    model: str | ModelConfig, payload: Payload, windows: Windows, settings: dict[str, Any]
+) -> tuple[ModelConfig, TrainOptions, bool]:
+    """Sort `settings` into the model's and the training's; the last value tells whether the decay is to be fitted."""
+    known = option_names()
+    options = TrainOptions.from_dict({key: value for key, value in settings.items() if key in known})
+    overrides = {key: value for key, value in settings.items() if key not in known}
+    for key, wanted in (("vector_dim", payload.dim), ("context", windows.context)):
+        if overrides.setdefault(key, wanted) != wanted:
+            raise InputError(f"{key} is {overrides[key]}, and the payload and its windows have {wanted}: leave it out")
+    fit = isinstance(model, str) and "decay" not in overrides
+    config = model.replace(**overrides) if isinstance(model, ModelConfig) else ModelConfig.preset(model, **overrides)
+    return config, options, fit and config.residual
+
+
+def windows_id(windows: Windows) -> str:
+    """16 hex digits over the payload's id and the rows of every split."""
+    rows = {
+        split: hashlib.sha256(np.ascontiguousarray(windows.rows(split), dtype=np.int64).tobytes()).hexdigest()
+        for split in ("train", "validation", "test")
+    }
+    return sha256_json({"payload_id": windows.payload_id, "context": windows.context, "rows": rows})[:16]
+
+
+def open_run(
+    out: str | os.PathLike[str],
+    config: ModelConfig,
+    options: TrainOptions,
+    fit: bool,
+    payload: Payload,
+    windows: Windows,
+    resume: bool,
+) -> tuple[dict[str, Any], Space]:
+    """Start the run folder `out`, or find what an earlier call left there. Returns its config.json and its space."""
+    out = Path(out)
+    identity = {
+        "format": FORMAT,
+        "model": config.to_dict(),
+        "decay_fitted": fit,
+        "training": options.to_dict(),
+        "payload_id": payload.id,
+        "windows_id": windows_id(windows),
+    }
+    if out.is_dir() and any(out.iterdir()):
+        if not resume:
+            raise InputError(f"{out} already holds something: resume the run or name another folder")
+        return _reopen(out, identity)
+    if options.space == "none":
+        space = Space.identity(payload.dim)
+    else:
+        space = Space.fit_articles(payload, windows.articles("train"))
+    if fit:
+        decay = fit_decay(payload, windows, space, options.seed)
+        identity["model"] = config.replace(decay=decay).to_dict()
+    identity["space_id"] = space.id
+    with atomic_folder(out) as folder:
+        space.save(folder / SPACE)
+        write_json(folder / CONFIG, identity)
+    return identity, space
+
+
+def _reopen(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], Space]:
+    found = read_config(out)
+    if identity["decay_fitted"] and found.get("decay_fitted"):
+        identity["model"]["decay"] = found["model"]["decay"]
+    for name, was, wanted in _differences(found, identity):
+        raise InputError(f"{out} was started with {name} {was!r}, not {wanted!r}: resume with {was!r} or name another")
+    return found, read_space(out, found)
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, value in `found`, value in `wanted`) for every differing field of `wanted`, at any depth."""
+    different: list[tuple[str, Any, Any]] = []
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            inner = found.get(key)
+            different += _differences(inner if isinstance(inner, dict) else {}, value)
+        elif found.get(key) != value:
+            different.append((key, found.get(key), value))
+    return different
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run folder."""
+    if not run.is_dir():
+        raise InputError(f"{run} is no run folder: name one that train wrote")
+    config = read_json(run / CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT or "training" not in config:
+        raise InputError(f"{run / CONFIG} is no run of format {FORMAT}: name a folder that train wrote")
+    return config
+
+
+def read_space(run: Path, config: dict[str, Any]) -> Space:
+    """The space of a run folder, checked against the id in its config.json."""
+    space = Space.load(run / SPACE)
+    if space.id != config.get("space_id"):
+        wanted = config.get("space_id")
+        raise IntegrityError(f"{run / SPACE} has id {space.id}, and the run wants {wanted}: train again")
+    return space
+
+
+def fit_decay(payload: Payload, windows: Windows, space: Space, seed: int) -> float:
+    """The recency decay in 0.1, 0.2, … 1 with the best mean reciprocal rank on a sample of the training windows.
+
+    Ranks are taken over the whole payload in the space, context excluded.
+    """
+    from fastlvm.evaluation.metrics import exact_ranks
+
+    rows = sample(windows.rows("train"), DECAY_WINDOWS, seed)
+    pool = space.apply(payload.take(np.arange(len(payload))))
+    context = pool[rows[:, :-1]]  # [n, L, dim]
+    age = np.arange(context.shape[1] - 1, -1, -1, dtype=np.float32)
+    best, chosen = -1.0, DECAYS[0]
+    for decay in DECAYS:
+        mixed = np.einsum("nld,l->nd", context, decay**age, dtype=np.float32)
+        mixed /= np.linalg.norm(mixed, axis=1, keepdims=True).clip(1e-12)
+        ranks = exact_ranks(mixed, pool, rows[:, -1], rows[:, :-1], payload.groups)
+        if (reciprocal := float(np.mean(1.0 / ranks))) > best:
+            best, chosen = reciprocal, decay
+    return chosen
+
+
+def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most `most` rows of `rows`, drawn once by `seed`, in their own order."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
+
+
+def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], Space]:
+    """The best model of a run in eval mode, the run's config.json and its space.
+
+    Raises InputError when `path` is no run folder or holds no best.safetensors yet, IntegrityError for a damaged file.
+    """
+    run = Path(path)
+    config = read_config(run)
+    model = create(ModelConfig.from_dict(config["model"]))
+    tensors, meta = checkpoint.load(run / BEST)
+    for field in ("payload_id", "space_id"):
+        if meta.get(field) != config[field]:
+            raise IntegrityError(f"{run / BEST} has {field} {meta.get(field)}, and {CONFIG} has {config[field]}")
+    checkpoint.load_weights(model, tensors, run / BEST)
+    return model.eval(), config, read_space(run, config)

@@ -1,0 +1,314 @@
+"""The training loop: one model, one payload, one run folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.evaluation.metrics import exact_ranks
+from fastlvm.files import write_json
+from fastlvm.models import ModelConfig, create
+from fastlvm.training import checkpoint, runs
+from fastlvm.training.augment import Augment
+from fastlvm.training.interrupt import Interrupt
+from fastlvm.training.objective import Batch, Objective
+from fastlvm.training.options import TrainOptions, learning_rate
+
+if TYPE_CHECKING:
+    from fastlvm.data import Payload, Space, Windows
+
+EVAL_BATCH = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a run came to. `best_epoch` 0 is the untrained model: training found nothing better."""
+
+    path: Path
+    epochs: int
+    best_epoch: int
+    best_r5: float
+    start_r5: float
+    stopped: str  # "epochs": all were run; "patience": validation R@5 stayed below its best
+    history: list[dict[str, Any]]
+    parameters: int
+    decay: float
+    seconds: float
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands, as JSON: everything in a checkpoint that is no tensor."""
+
+    epoch: int = -1  # last finished epoch; 0 is the untrained model's evaluation
+    step: int = 0  # optimizer steps done
+    # of the epoch under way, over windows: loss, infonce, cosine, and how many windows
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)
+    seconds: float = 0.0
+    best_epoch: int = -1
+    best_r5: float = -1.0
+    stopped: str = ""
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def train(
+    model: str | ModelConfig,
+    payload: Payload,
+    windows: Windows,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    progress: Callable[..., None] | None = None,
+    **settings: Any,
+) -> RunSummary:
+    """Train `model` on the windows' training split and keep the weights with the best validation R@5 in folder `out`.
+
+    settings   fields of `TrainOptions` (objective, epochs, batch_size, lr, space, …) and of `ModelConfig` (d_model, …).
+               Without `decay`, the recency mixture's decay is fitted on training windows.
+    resume     go on from `out/last.safetensors` with the same settings, bit for bit; an empty folder is started.
+    progress   called as progress(epoch=, epochs=, step=, steps=, loss=, lr=, entry=None) after every optimizer step
+               and, with `entry` the epoch's line of the history, after every epoch. `step` counts within the epoch.
+
+    The checkpoint is written after every epoch. Ctrl-C ends the step under way, writes it at that step and raises
+    KeyboardInterrupt. Raises InputError for settings or a folder that do not fit, IntegrityError when the windows do
+    not come from the payload or a file is damaged; nothing is written then.
+    """
+    config, options, fit = runs.request(model, payload, windows, settings)
+    if windows.payload_id != payload.id:
+        raise IntegrityError(
+            f"the windows belong to payload {windows.payload_id}, and this one is {payload.id}: build them from it"
+        )
+    for split in ("train", "validation"):
+        if len(windows.rows(split)) == 0:
+            raise InputError(f"the {split} split holds no window: build the windows with a larger share for it")
+    windows.verify(payload)
+    run, space = runs.open_run(out, config, options, fit, payload, windows, resume)
+    with checkpoint.KeptRandom(), Interrupt() as interrupt:
+        trainer = Trainer(Path(out), run, space, payload, windows, progress, interrupt)
+        return trainer.run()
+
+
+class Trainer:
+    """State of one run in memory. Built afresh from a run folder, it stands where the last checkpoint left off."""
+
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        space: Space,
+        payload: Payload,
+        windows: Windows,
+        progress: Callable[..., None] | None,
+        interrupt: Interrupt,
+    ) -> None:
+        self.path, self.identity = path, run
+        self.options = options = TrainOptions.from_dict(run["training"])
+        self.progress, self.interrupt = progress, interrupt
+        self.vectors = torch.from_numpy(space.apply(payload.take(np.arange(len(payload)))))  # float32 [N, dim]
+        self.groups = payload.groups
+        articles = torch.from_numpy(np.asarray(payload.keys[:, 0], dtype=np.int64))
+        pool = torch.from_numpy(np.flatnonzero(np.isin(payload.keys[:, 0], windows.articles("train"))))
+        self.rows = torch.from_numpy(np.asarray(windows.rows("train"), dtype=np.int64))  # [n, context + 1]
+        validation = runs.sample(windows.rows("validation"), options.validation_limit, options.seed)
+        self.validation = torch.from_numpy(np.asarray(validation, dtype=np.int64))
+
+        checkpoint.seed_all(options.seed)
+        self.model = create(ModelConfig.from_dict(run["model"]))
+        self.objective = Objective(options, self.vectors, articles, torch.from_numpy(self.groups), pool)
+        self.augment = Augment(
+            pool,
+            articles,
+            context_dropout=options.context_dropout,
+            span_corruption=options.span_corruption,
+            seed=options.seed + 1,
+        )
+        self.names = self._names()
+        groups = parameter_groups(self.names, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+        self.average = copy.deepcopy(self.model.state_dict()) if options.ema else None
+        self.best: dict[str, Tensor] = {}
+        self.state = State()
+        self.steps = math.ceil(len(self.rows) / options.batch_size)  # of one epoch
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        named = {parameter: f"model.{name}" for name, parameter in self.model.named_parameters()}
+        projection = self.objective.projection
+        if projection is not None:
+            named.update({parameter: f"projection.{name}" for name, parameter in projection.named_parameters()})
+        return named
+
+    def run(self) -> RunSummary:
+        if (self.path / runs.LAST).exists():
+            self._restore()
+        if self.state.epoch < 0:
+            self._finish_epoch(0, None, time.perf_counter())
+        while not self.state.stopped:
+            self._epoch(self.state.epoch + 1)
+        state = self.state
+        return RunSummary(
+            path=self.path,
+            epochs=state.epoch,
+            best_epoch=state.best_epoch,
+            best_r5=state.best_r5,
+            start_r5=state.history[0]["val_r@5"],
+            stopped=state.stopped,
+            history=state.history,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            decay=self.identity["model"]["decay"],
+            seconds=sum(entry["time"] for entry in state.history),
+        )
+
+    def _epoch(self, epoch: int) -> None:
+        state, options = self.state, self.options
+        started = time.perf_counter() - state.seconds
+        # drawn from the seed and the epoch alone, so that an epoch cut short finds its order again
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.rows), generator=generator)
+        self.model.train()
+        for step in range(state.step - (epoch - 1) * self.steps, self.steps):
+            chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
+            loss, lr = self._step(Batch(self.rows[chosen]))
+            self._report(epoch, step + 1, loss, lr, None)
+            if self.interrupt.requested and step + 1 < self.steps:
+                state.seconds = time.perf_counter() - started
+                self._save()
+                raise KeyboardInterrupt
+        self._finish_epoch(epoch, learning_rate(state.step - 1, self.steps * options.epochs, options), started)
+
+    def _step(self, batch: Batch) -> tuple[float, float]:
+        options, state = self.options, self.state
+        lr = learning_rate(state.step, self.steps * options.epochs, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        context = self.augment(self.vectors[batch.context], self.vectors, batch.context)
+        loss = self.objective(self.model(context), batch)
+        value = float(loss.total)
+        if not math.isfinite(value):
+            raise InputError(f"the loss is {value} at step {state.step + 1}: train with a smaller lr than {options.lr}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        nn.utils.clip_grad_norm_(list(self.names), options.clip)
+        self.optimizer.step()
+        state.step += 1
+        if self.average is not None:
+            decay = min(options.ema, state.step / (state.step + 10))
+            for name, weight in self.model.state_dict().items():
+                self.average[name].lerp_(weight, 1 - decay)
+        n = len(batch.rows)
+        infonce = 0.0 if loss.infonce is None else float(loss.infonce)
+        for i, part in enumerate((value, infonce, float(loss.cosine), 1.0)):
+            state.sums[i] += part * n
+        return value, lr
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Loss, cosine and R@5 of the weights that would be kept, on the validation windows."""
+        model = self.model
+        if self.average is not None:
+            model = copy.deepcopy(self.model)
+            model.load_state_dict(self.average)
+        model.eval()
+        batches = [Batch(rows) for rows in self.validation.split(EVAL_BATCH)]
+        predicted, loss, cosine = [], 0.0, 0.0
+        for batch in batches:
+            predicted.append(model(self.vectors[batch.context]))
+            parts = self.objective(predicted[-1], batch)
+            loss += float(parts.total) * len(batch.rows)
+            cosine += (1 - float(parts.cosine)) * len(batch.rows)
+        rows = self.validation.numpy()
+        ranks = exact_ranks(torch.cat(predicted).numpy(), self.vectors.numpy(), rows[:, -1], rows[:, :-1], self.groups)
+        n = len(rows)
+        return {"val_loss": loss / n, "val_cosine": cosine / n, "val_r@5": float(np.mean(ranks <= 5))}
+
+    def _finish_epoch(self, epoch: int, lr: float | None, started: float) -> None:
+        state = self.state
+        windows = state.sums[3]
+        trained = [total / windows for total in state.sums[:3]] if windows else [None, None, None]
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "train_loss": trained[0],
+            "train_infonce": trained[1] if self.objective.contrastive else None,
+            "train_ar_cosine": trained[2],
+            **self._evaluate(),
+            "lr": lr,
+            "time": time.perf_counter() - started,
+        }
+        state.history.append(entry)
+        state.epoch, state.sums, state.seconds = epoch, [0.0] * 4, 0.0
+        if entry["val_r@5"] > state.best_r5:
+            state.best_r5, state.best_epoch = entry["val_r@5"], epoch
+            kept = self.average if self.average is not None else self.model.state_dict()
+            self.best = {name: weight.clone() for name, weight in kept.items()}
+        if self.options.patience and epoch - state.best_epoch >= self.options.patience:
+            state.stopped = "patience"
+        elif epoch == self.options.epochs:
+            state.stopped = "epochs"
+        self._save()
+        self._report(epoch, self.steps if epoch else 0, entry["train_loss"], lr, entry)
+        if self.interrupt.requested:
+            raise KeyboardInterrupt
+
+    def _report(
+        self, epoch: int, step: int, loss: float | None, lr: float | None, entry: dict[str, Any] | None
+    ) -> None:
+        if self.progress is not None:
+            self.progress(
+                epoch=epoch, epochs=self.options.epochs, step=step, steps=self.steps, loss=loss, lr=lr, entry=entry
+            )
+
+    def _save(self) -> None:
+        """Write the checkpoint first, then what follows from it."""
+        projection = self.objective.projection
+        tensors = {
+            **checkpoint.prefixed("model", self.model.state_dict()),
+            **checkpoint.prefixed("projection", projection.state_dict() if projection is not None else {}),
+            **checkpoint.prefixed("average", self.average or {}),
+            **checkpoint.prefixed("best", self.best),
+            **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.names)),
+            **checkpoint.prefixed("random", checkpoint.random_tensors(self.augment.generator)),
+        }
+        meta = {"config": self.identity, "state": dataclasses.asdict(self.state)}
+        with self.interrupt.shielded():
+            checkpoint.save(self.path / runs.LAST, tensors, meta)
+            self._write_derived()
+
+    def _write_derived(self) -> None:
+        state = self.state
+        write_json(self.path / runs.HISTORY, state.history)
+        meta = {key: self.identity[key] for key in ("model", "payload_id", "windows_id", "space_id")}
+        checkpoint.save(self.path / runs.BEST, self.best, {**meta, "epoch": state.best_epoch, "val_r@5": state.best_r5})
+
+    def _restore(self) -> None:
+        path = self.path / runs.LAST
+        tensors, meta = checkpoint.load(path)
+        if meta.get("config") != self.identity:
+            raise IntegrityError(f"{path} belongs to another run than {runs.CONFIG} beside it: train in a new folder")
+        checkpoint.load_weights(self.model, checkpoint.pick(tensors, "model"), path)
+        if self.objective.projection is not None:
+            checkpoint.load_weights(self.objective.projection, checkpoint.pick(tensors, "projection"), path)
+        checkpoint.load_optimizer(self.optimizer, self.names, checkpoint.pick(tensors, "optimizer"), path)
+        if self.average is not None:
+            self.average = checkpoint.pick(tensors, "average")
+        self.best = checkpoint.pick(tensors, "best")
+        checkpoint.load_random(checkpoint.pick(tensors, "random"), self.augment.generator, path)
+        self.state = State(**meta["state"])
+        with self.interrupt.shielded():  # a kill may have come between the checkpoint and these
+            self._write_derived()
+
+
+def parameter_groups(names: dict[nn.Parameter, str], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices; leave norms, biases, A_log, D, the mixture's logits and other vectors alone."""
+    decayed = [p for p, name in names.items() if p.ndim > 1 and not name.endswith("A_log")]
+    kept = [p for p, name in names.items() if p.ndim <= 1 or name.endswith("A_log")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
