@@ -1,0 +1,179 @@
+"""The cheap rankers a model has to beat, fitted on training articles and ranked on the same queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastlvm.data import Payload, Space, Windows
+from fastlvm.evaluation.ranker import Pool, Pools, Ranker, predict_all, rank_windows
+
+DECAYS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""Recency decays tried: 0 is copy-last, 1 the mean."""
+
+PENALTIES = (0.1, 0.3, 1.0, 3.0)
+"""Ridge penalties tried, in units of the mean eigenvalue of the inputs' covariance."""
+
+_FIT_BLOCK = 4096
+_BUDGET = 25_000_000  # query × pool rows scored per candidate while choosing decay and penalty
+
+
+class Chosen(NamedTuple):
+    """A candidate's value and its R@5 on the windows it was chosen on."""
+
+    value: float
+    recall: float
+
+
+def fit_baselines(payload: Payload, windows: Windows, space: Space | None = None, *, seed: int = 0) -> list[Ranker]:
+    """Every baseline the windows allow to fit, in the order of a report.
+
+    Without training windows only random, copy-last and mean are left. space: the whitening of the "whitened" ones; None
+    fits one on the training articles. The decay of the mixtures is the one of best R@5 on a sample of training windows,
+    the ridge penalty the one of best R@5 on a sample of validation windows (training windows where there are none).
+    """
+    train = windows.rows("train")
+    result = [random_rows(payload, seed=seed)]
+    if len(train) == 0:
+        return [*result, mixture(0.0, name="copy-last"), mixture(1.0, name="mean")]
+    if space is None or is_identity(space):
+        space = Space.fit_articles(payload, windows.articles("train"))
+    validation = windows.rows("validation")
+    judged = validation if len(validation) else train
+    pools = Pools(payload)
+    result += [
+        global_mean(payload, windows),
+        mixture(0.0, name="copy-last"),
+        mixture(1.0, name="mean"),
+        fitted_mixture(pools, train, None, seed=seed),
+        fitted_ridge(pools, train, judged, None, seed=seed),
+        mixture(0.0, space, name="whitened copy-last"),
+        fitted_mixture(pools, train, space, seed=seed),
+        fitted_ridge(pools, train, judged, space, seed=seed),
+    ]
+    return result
+
+
+def is_identity(space: Space) -> bool:
+    """Whether a space only leaves vectors as they are."""
+    return space.id == Space.identity(space.dim).id
+
+
+def random_rows(payload: Payload, *, seed: int = 0) -> Ranker:
+    """A random payload row for every query: what chance gives."""
+    rng = np.random.default_rng(seed)
+    return Ranker("random", lambda context: payload.take(rng.integers(0, len(payload), len(context))), kind="baseline")
+
+
+def global_mean(payload: Payload, windows: Windows) -> Ranker:
+    """The mean of the training articles' vectors, the same for every query."""
+    articles = windows.articles("train")
+    total, count = np.zeros(payload.dim), 0
+    for start in range(0, len(payload), _FIT_BLOCK):
+        rows = np.arange(start, min(start + _FIT_BLOCK, len(payload)))
+        rows = rows[np.isin(np.asarray(payload.keys[rows, 0]), articles)]
+        total += payload.take(rows).sum(axis=0, dtype=np.float64)
+        count += len(rows)
+    mean = (total / count).astype(np.float32)
+    return Ranker("global mean", lambda context: np.repeat(mean[None], len(context), axis=0), kind="baseline")
+
+
+def recency_weights(decay: float, length: int) -> np.ndarray:
+    """decay**age, oldest first, summing to 1; decay 0 is the last position alone. float32 [length]"""
+    weights = np.power(float(decay), np.arange(length - 1, -1, -1))
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def mixture(decay: float, space: Space | None = None, *, name: str, note: str = "") -> Ranker:
+    """The context's vectors in the space, weighted by decay**age."""
+
+    def predict(context: np.ndarray) -> np.ndarray:
+        weights = recency_weights(decay, context.shape[1])
+        if decay == 0.0:
+            context = context[:, -1:]
+            weights = weights[-1:]
+        vectors = context if space is None else space.apply(context)
+        return np.einsum("nld,l->nd", vectors, weights)
+
+    return Ranker(name, predict, space, "baseline", note)
+
+
+def fitted_mixture(pools: Pools, train: np.ndarray, space: Space | None, *, seed: int) -> Ranker:
+    """`mixture` with the decay of best R@5 on a sample of training windows [n, L + 1]."""
+    rows = _sample(train, len(pools.payload), seed)
+    best = _best(pools, rows, space, DECAYS, lambda decay: mixture(decay, space, name="candidate"))
+    name = "recency mixture" if space is None else "whitened mixture"
+    return mixture(best.value, space, name=name, note=f"decay {best.value:g}, chosen on {len(rows)} training windows")
+
+
+def fitted_ridge(pools: Pools, train: np.ndarray, judged: np.ndarray, space: Space | None, *, seed: int) -> Ranker:
+    """Ridge regression from the context [L·d] to the next vector [d], in the space, in closed form.
+
+    W = (XᵀX + λ s I)⁻¹ XᵀY over the training windows, X and Y less their means, s the mean eigenvalue of XᵀX. The
+    prediction is the deviation from the mean alone: with the mean added every query leans towards the same hub, and a
+    ridge retrieves far worse than it can. λ is the one of best R@5 on a sample of the windows `judged`.
+    """
+    mean, xx, xy = _moments(pools.of(space), train)
+    scale = float(np.trace(xx)) / len(xx)
+    rows = _sample(judged, len(pools.payload), seed)
+    diagonal = np.diag_indices(len(xx))
+    maps: dict[float, np.ndarray] = {}
+    added = 0.0
+    for penalty in PENALTIES:
+        xx[diagonal] += penalty * scale - added
+        added = penalty * scale
+        maps[penalty] = np.linalg.solve(xx, xy).astype(np.float32)
+    best = _best(pools, rows, space, PENALTIES, lambda penalty: _linear(maps[penalty], mean, space, "candidate"))
+    where = "training" if judged is train else "validation"
+    note = f"λ {best.value:g}, chosen on {len(rows)} {where} windows"
+    return _linear(maps[best.value], mean, space, "ridge" if space is None else "whitened ridge", note)
+
+
+def _linear(weights: np.ndarray, mean: np.ndarray, space: Space | None, name: str, note: str = "") -> Ranker:
+    """The context's vectors in the space, side by side, less mean [L·d], times weights [L·d, d]."""
+
+    def predict(context: np.ndarray) -> np.ndarray:
+        vectors = context if space is None else space.apply(context)
+        return (vectors.reshape(len(vectors), -1) - mean) @ weights
+
+    return Ranker(name, predict, space, "baseline", note)
+
+
+def _moments(pool: Pool, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of the inputs [L·d], and XᵀX [L·d, L·d] and XᵀY [L·d, d] of the centred windows [n, L + 1].
+
+    Blocks are multiplied in float32 and summed in float64.
+    """
+    dim, length = pool.shape[1], windows.shape[1]
+    total = np.zeros((length, dim))
+    for start in range(0, len(windows), _FIT_BLOCK):
+        total += pool[windows[start : start + _FIT_BLOCK]].sum(axis=0, dtype=np.float64)
+    mean = (total / len(windows)).astype(np.float32)
+    width = (length - 1) * dim
+    xx, xy = np.zeros((width, width)), np.zeros((width, dim))
+    for start in range(0, len(windows), _FIT_BLOCK):
+        vectors = pool[windows[start : start + _FIT_BLOCK]] - mean  # [b, L + 1, d]
+        x = vectors[:, :-1].reshape(len(vectors), width)
+        xx += x.T @ x
+        xy += x.T @ vectors[:, -1]
+    return mean[:-1].reshape(-1), xx, xy
+
+
+def _sample(rows: np.ndarray, pool_rows: int, seed: int) -> np.ndarray:
+    """Up to 1,000 windows, fewer on a large payload, so that one candidate costs about the same everywhere."""
+    count = min(len(rows), max(200, min(1000, _BUDGET // pool_rows)))
+    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    return rows[np.sort(chosen)]
+
+
+def _best(
+    pools: Pools, rows: np.ndarray, space: Space | None, values: Sequence[float], make: Callable[[float], Ranker]
+) -> Chosen:
+    """The value whose ranker has the best R@5 on the windows `rows`, the first of equals."""
+    predictions = [predict_all(make(value), pools.payload, rows[:, :-1]) for value in values]
+    ranks = rank_windows(predictions, pools.of(space), rows, np.asarray(pools.payload.groups))
+    recalls = [float(np.mean(r.excluded <= 5)) for r in ranks]
+    best = int(np.argmax(recalls))
+    return Chosen(values[best], recalls[best])

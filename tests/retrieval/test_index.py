@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastlvm.data import Payload, Space
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.files import sha256_json
+from fastlvm.retrieval import Index, build
+
+DIM, ROWS = 24, 420
+
+
+def vectors_with_repeats(seed=0, rows=ROWS):
+    """Rows 5, 17 and 300 are equal, so are 40 and 41."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((12, DIM))
+    vectors = centres[rng.integers(0, 12, rows)] + 0.8 * rng.standard_normal((rows, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    vectors[[17, 300]] = vectors[5]
+    vectors[41] = vectors[40]
+    return vectors
+
+
+def payload_of(folder, vectors):
+    keys = np.stack([np.arange(len(vectors)) // 10, np.arange(len(vectors)) % 10], axis=1).astype(np.int32)
+    return Payload.build(folder, vectors, keys, encoder="test")
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory):
+    return payload_of(tmp_path_factory.mktemp("payload") / "p", vectors_with_repeats())
+
+
+@pytest.fixture(scope="module")
+def space(payload):
+    return Space.fit(payload.take(np.arange(200)))
+
+
+@pytest.fixture(scope="module")
+def indexes(payload, space):
+    return {
+        "flat": Index.build(payload, "flat"),
+        "whitened": Index.build(payload, "flat", space=space),
+        "ivf, all lists": Index.build(payload, "ivf_flat", space=space, nlist=8, nprobe=8),
+        "ivf": Index.build(payload, "ivf_flat", nlist=8, nprobe=2),
+    }
+
+
+EXACT = ("flat", "whitened", "ivf, all lists")
+
+
+def naive(index, payload, query, k, excluded):
+    """Score every group's smallest row, drop the excluded groups, sort."""
+    groups = np.asarray(payload.groups)
+    pool = index.space.apply(payload.take(np.arange(len(payload))))
+    gone = {int(groups[row]) for row in excluded if row >= 0}
+    rows = [row for row in range(len(payload)) if groups[row] == row and row not in gone]
+    scores = pool[rows] @ query
+    order = np.argsort(-scores, kind="stable")[:k]
+    return np.array(rows)[order], scores[order]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, ROWS + 5), width=st.integers(0, 8))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_results_are_those_of_search_then_filter(indexes, payload, name, seed, k, width):
+    index, rng = indexes[name], np.random.default_rng(seed)
+    queries = rng.standard_normal((3, DIM)).astype(np.float32)
+    exclude = rng.choice([-1, 5, 17, 40, 41, 300, *range(60, 80)], (3, width))
+    result = index.search(queries, k, exclude)
+    assert result.ids.shape == result.scores.shape == (3, k) and result.keys.shape == (3, k, 2)
+    assert (result.ids.dtype, result.scores.dtype, result.keys.dtype) == (np.int64, np.float32, np.int32)
+    for i in range(3):
+        rows, scores = naive(index, payload, queries[i], k, exclude[i])
+        np.testing.assert_allclose(result.scores[i, : len(rows)], scores, atol=1e-5)
+        assert set(result.ids[i, : len(rows)]) == set(rows) or len(rows) == k
+        assert (np.diff(result.scores[i, : len(rows)]) <= 0).all()
+        np.testing.assert_array_equal(result.keys[i, : len(rows)], payload.keys[result.ids[i, : len(rows)]])
+        assert (result.ids[i, len(rows) :] == -1).all()
+        assert (result.scores[i, len(rows) :] == -np.inf).all()
+        assert (result.keys[i, len(rows) :] == -1).all()
+
+
+def test_ids_match_the_naive_search(indexes, payload):
+    queries = np.random.default_rng(1).standard_normal((20, DIM)).astype(np.float32)
+    exclude = np.random.default_rng(2).integers(-1, ROWS, (20, 6))
+    for name in EXACT:
+        got = indexes[name].search(queries, 30, exclude).ids
+        want = [naive(indexes[name], payload, q, 30, e)[0] for q, e in zip(queries, exclude, strict=True)]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_flat_and_all_lists_probed_agree(indexes):
+    queries = np.random.default_rng(3).standard_normal((10, DIM)).astype(np.float32)
+    flat, lists = (indexes[name].search(queries, 50, np.arange(6)) for name in ("whitened", "ivf, all lists"))
+    np.testing.assert_array_equal(flat.ids, lists.ids)
+    np.testing.assert_allclose(flat.scores, lists.scores, atol=1e-6)
+
+
+def test_filtering_loses_nothing_of_the_lists_probed(indexes):
+    index = indexes["ivf"]
+    queries = np.random.default_rng(4).standard_normal((20, DIM)).astype(np.float32)
+    everything = index.search(queries, ROWS).ids
+    top = everything[:, :7]
+    got = index.search(queries, 12, top).ids
+    np.testing.assert_array_equal(got, everything[:, 7:19])
+
+
+def test_a_group_is_listed_once_and_excluded_whole(indexes, payload):
+    query = payload.take(np.array([17]))
+    found = indexes["flat"].search(query, ROWS).ids[0]
+    assert found[0] == 5 and not {17, 300} & set(found.tolist())
+    for row in (5, 17, 300):
+        assert 5 not in indexes["flat"].search(query, ROWS, np.array([row])).ids
+
+
+def test_one_query_and_one_exclusion_for_all(indexes, payload):
+    index = indexes["flat"]
+    query = payload.take(np.array([3]))[0]
+    one = index.search(query, 4)
+    assert one.ids.shape == (1, 4) and one.ids[0, 0] == 3
+    both = index.search(np.stack([query, query]), 4, exclude=[3, -1])
+    assert 3 not in both.ids
+    np.testing.assert_array_equal(both.ids[:, :3], np.repeat(one.ids[:, 1:], 2, axis=0))
+    assert index.search(np.empty((0, DIM), np.float32), 4).ids.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_floats_and_strides_are_taken(indexes, payload, dtype):
+    queries = payload.take(np.arange(12)).astype(dtype)
+    whole = indexes["flat"].search(queries[::2], 3)
+    np.testing.assert_array_equal(whole.ids, indexes["flat"].search(queries[::2].astype(np.float32), 3).ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, DIM - 1), np.float32), 3), "queries has shape"),
+        ((np.zeros((1, 2, DIM), np.float32), 3), "queries has shape"),
+        ((np.zeros((2, DIM), np.int64), 3), "int64"),
+        ((np.full((2, DIM), np.nan, np.float32), 3), "queries row 0"),
+        ((np.full((2, DIM), 1e300), 3), "queries row 0"),
+        ((np.zeros((2, DIM), np.float32), 0), "k is 0"),
+        ((np.zeros((2, DIM), np.float32), 1.5), "k is 1.5"),
+        ((np.zeros((2, DIM), np.float32), True), "k is True"),
+        ((np.zeros((2, DIM), np.float32), 3, [ROWS]), "exclude spans"),
+        ((np.zeros((2, DIM), np.float32), 3, [-2]), "exclude spans"),
+        ((np.zeros((2, DIM), np.float32), 3, [[0]]), "exclude has shape"),
+        ((np.zeros((2, DIM), np.float32), 3, [0.5]), "exclude is float64"),
+    ],
+)
+def test_bad_searches_are_refused(indexes, arguments, message):
+    with pytest.raises(InputError, match=message):
+        indexes["flat"].search(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "hnsw"}, "kind is 'hnsw'"),
+        ({"kind": "flat", "nlist": 4}, "belong to kind ivf_flat"),
+        ({"kind": "ivf_flat", "nlist": ROWS}, "nlist is"),
+        ({"kind": "ivf_flat", "nlist": 0}, "nlist is 0"),
+        ({"kind": "ivf_flat", "nlist": 4, "nprobe": 5}, "nprobe is 5"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_bad_options_are_refused(payload, options, message):
+    with pytest.raises(InputError, match=message):
+        Index.build(payload, **options)
+
+
+def test_a_space_of_another_dimension_is_refused(payload):
+    with pytest.raises(InputError, match="dimensions"):
+        Index.build(payload, space=Space.identity(DIM + 1))
+
+
+def test_auto_takes_lists_from_the_threshold_on(payload, monkeypatch):
+    assert Index.build(payload).kind == "flat"
+    monkeypatch.setattr(build, "FLAT_BELOW", ROWS)
+    index = Index.build(payload)
+    assert (index.kind, index.nlist) == ("ivf_flat", 8)
+    monkeypatch.setattr(build, "FLAT_BELOW", ROWS + 1)
+    assert Index.build(payload).kind == "flat"
+
+
+@pytest.mark.parametrize(("rows", "lists"), [(1, 1), (77, 1), (78, 2), (50_000, 512), (76_050, 1024), (584_545, 2048)])
+def test_lists_for_the_size(rows, lists):
+    assert build.default_nlist(rows) == lists
+
+
+def test_nprobe_is_the_smallest_that_reaches_the_recall(payload):
+    chosen = Index.build(payload, "ivf_flat", nlist=10)
+    assert 1 < chosen.nprobe < 10 and chosen.recall_at_50 >= build.RECALL
+    fewer = Index.build(payload, "ivf_flat", nlist=10, nprobe=chosen.nprobe - 1)
+    assert fewer.recall_at_50 < build.RECALL
+    assert Index.build(payload, "ivf_flat", nlist=10, nprobe=10).recall_at_50 == 1
+
+
+def test_the_recall_recorded_is_the_recall(payload):
+    """Against a brute-force search that shares no code with the index."""
+    index = Index.build(payload, "ivf_flat", nlist=10, nprobe=3)
+    groups = np.asarray(payload.groups)
+    rows = np.flatnonzero(groups == np.arange(ROWS))
+    queries = build._sample_queries(payload, index.space, rows, np.random.default_rng(0))
+    found = index.search(queries, 50).ids
+    exact = rows[np.argsort(-(queries @ payload.take(rows).T), axis=1)[:, :50]]
+    recall = np.mean([len(set(f) & set(e)) / 50 for f, e in zip(found, exact, strict=True)])
+    assert abs(recall - index.recall_at_50) < 0.03  # the queries are another draw
+
+
+def test_the_same_seed_builds_the_same_index(payload, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        Index.build(payload, "ivf_flat", seed=seed).save(tmp_path / name)
+    content = [(tmp_path / name / "index.faiss").read_bytes() for name in "abc"]
+    assert content[0] == content[1] != content[2]
+    ids = [Index.open(tmp_path / name).id for name in "abc"]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("name", [*EXACT, "ivf"])
+def test_a_saved_index_opens_as_it_was(indexes, payload, name, tmp_path):
+    index = indexes[name]
+    index.save(tmp_path / "index")
+    opened = Index.open(tmp_path / "index", payload)
+    for attribute in ("id", "payload_id", "kind", "nlist", "nprobe", "dim", "recall_at_50"):
+        assert getattr(opened, attribute) == getattr(index, attribute), attribute
+    assert opened.space.id == index.space.id and len(opened) == len(index) == ROWS
+    queries = np.random.default_rng(5).standard_normal((9, DIM)).astype(np.float32)
+    for got, want in zip(opened.search(queries, 20, [1, 17]), index.search(queries, 20, [1, 17]), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert (tmp_path / "index" / "space.safetensors").exists() == (name in ("whitened", "ivf, all lists"))
+
+
+def test_saving_over_something_is_refused_and_leaves_it(indexes, tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "mine").write_text("x")
+    with pytest.raises(InputError, match="already holds"):
+        indexes["flat"].save(tmp_path / "index")
+    assert [p.name for p in (tmp_path / "index").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("file", ["index.faiss", "index.json", "keys.npy", "groups.npy", "space.safetensors"])
+def test_a_damaged_or_missing_file_is_refused(indexes, tmp_path, file):
+    folder = tmp_path / "index"
+    indexes["ivf, all lists"].save(folder)
+    whole = (folder / file).read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        (folder / file).write_bytes(damaged)
+        with pytest.raises(IntegrityError, match=file.replace(".", r"\.")):
+            Index.open(folder)
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(IntegrityError):
+        Index.open(folder)
+    (folder / file).unlink()
+    with pytest.raises(InputError if file == "index.json" else IntegrityError, match="missing"):
+        Index.open(folder)
+
+
+def test_every_digit_of_the_description_is_guarded(indexes, tmp_path):
+    """Edits that leave index.json valid JSON."""
+    folder = tmp_path / "index"
+    indexes["ivf, all lists"].save(folder)
+    text = (folder / "index.json").read_text()
+    for place, letter in enumerate(text):
+        if letter.isdigit() and place % 7 == 0:
+            (folder / "index.json").write_text(text[:place] + str((int(letter) + 1) % 10) + text[place + 1 :])
+            with pytest.raises(IntegrityError):
+                Index.open(folder)
+
+
+def resealed(folder, **changes):
+    content = json.loads((folder / "index.json").read_text()) | changes
+    content.pop("checksum")
+    (folder / "index.json").write_text(json.dumps(content | {"checksum": sha256_json(content)}))
+
+
+def test_files_of_another_index_are_refused(payload, tmp_path):
+    Index.build(payload, "flat").save(tmp_path / "a")
+    other = payload_of(tmp_path / "p", vectors_with_repeats(1, rows=100))
+    Index.build(other, "flat").save(tmp_path / "b")
+    with pytest.raises(IntegrityError, match="was built from payload"):
+        Index.open(tmp_path / "b", payload)
+    digests = json.loads((tmp_path / "b" / "index.json").read_text())["sha256"]
+    mixed = json.loads((tmp_path / "a" / "index.json").read_text())["sha256"] | {"index.faiss": digests["index.faiss"]}
+    (tmp_path / "a" / "index.faiss").write_bytes((tmp_path / "b" / "index.faiss").read_bytes())
+    resealed(tmp_path / "a", sha256=mixed)
+    with pytest.raises(IntegrityError, match="different indexes"):
+        Index.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [{"format": "other"}, {"version": 2}, {"sha256": {}}, {"rows": None}, {"id": "0"}])
+def test_a_description_of_something_else_is_refused(payload, tmp_path, change):
+    Index.build(payload, "flat").save(tmp_path / "a")
+    resealed(tmp_path / "a", **change)
+    with pytest.raises(IntegrityError):
+        Index.open(tmp_path / "a")
+
+
+def test_names_that_leave_the_folder_are_refused(payload, tmp_path):
+    Index.build(payload, "flat").save(tmp_path / "a")
+    digests = json.loads((tmp_path / "a" / "index.json").read_text())["sha256"]
+    resealed(tmp_path / "a", sha256=digests | {"../secret": "0"})
+    with pytest.raises(IntegrityError, match="lacks what an index records"):
+        Index.open(tmp_path / "a")
+
+
+def test_no_index_here(tmp_path):
+    with pytest.raises(InputError, match=r"index\.json is missing"):
+        Index.open(tmp_path)
+
+
+def test_importing_retrieval_and_evaluation_loads_neither_torch_nor_faiss_nor_matplotlib():
+    code = (
+        "import sys, fastlvm.retrieval, fastlvm.evaluation\n"
+        "assert not {'torch', 'mlx', 'faiss', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
