@@ -1,0 +1,37 @@
+"""Every backend that can run here, each instruction set of the cpu backend in turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastlvm import _C
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in _C.isas())])
+def backend(request):
+    """Name of a backend; the instruction set in the parameter is pinned while the test runs."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    before = _C.isa()
+    _C.set_isa(isa)
+    yield name
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """An instruction set of the cpu backend, pinned while the test runs."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Number of threads to start from; put back afterwards."""
+    before = _C.get_num_threads()
+    yield before
+    _C.set_num_threads(before)
