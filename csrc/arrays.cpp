@@ -1,0 +1,212 @@
+#include "arrays.h"
+
+#include <stdexcept>
+
+#include "common/dlpack.h"
+
+namespace py = pybind11;
+
+namespace fastlvm {
+namespace {
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f32:
+      return "float32";
+    case DType::f64:
+      return "float64";
+    case DType::none:
+      break;
+  }
+  return "none";
+}
+
+[[noreturn]] void reject(const Array& array, const std::string& got, const std::string& wants) {
+  throw std::invalid_argument(std::string(array.name()) + ": got " + got + ", wants " + wants);
+}
+
+// "BDL" as "(B, D, L)"; with sizes, "(B, D, L) = (2, 3, 4)".
+std::string axes_text(const std::string& axes, const Sizes* sizes = nullptr) {
+  std::string names, values;
+  for (const char axis : axes) {
+    const std::string separator = names.empty() ? "" : ", ";
+    names += separator + (axis == 'K' ? std::string("W - 1") : std::string(1, axis));
+    if (sizes) values += separator + std::to_string(sizes->at(axis));
+  }
+  const std::string comma = axes.size() == 1 ? "," : "";
+  names = "(" + names + comma + ")";
+  return sizes ? names + " = (" + values + comma + ")" : names;
+}
+
+bool fits(const Array& array, const std::string& axes, const Sizes& sizes) {
+  if (array.view().rank != static_cast<int>(axes.size())) return false;
+  for (size_t i = 0; i < axes.size(); ++i)
+    if (array.shape(static_cast<int>(i)) != sizes.at(axes[i])) return false;
+  return true;
+}
+
+bool empty(const TensorView& view) {
+  for (int i = 0; i < view.rank; ++i)
+    if (view.shape[i] == 0) return true;
+  return false;
+}
+
+}  // namespace
+
+Array::Array(const char* name, py::handle object, Access access, bool optional) : name_(name) {
+  if (object.is_none()) {
+    if (optional) return;
+    fail("got None, wants an array");
+  }
+  if (PyObject_CheckBuffer(object.ptr())) {
+    const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (access == Access::write ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) {
+      const py::error_already_set error;
+      fail(std::string("cannot be ") + (access == Access::write ? "written to" : "read") + " (" + error.what() + ")");
+    }
+    try {
+      from_buffer();
+    } catch (...) {
+      PyBuffer_Release(&buffer_);
+      throw;
+    }
+  } else if (py::hasattr(object, "__dlpack__")) {
+    from_dlpack(object);
+  } else {
+    fail("got " + py::str(py::type::of(object).attr("__name__")).cast<std::string>() +
+         ", wants a numpy array or one with __dlpack__");
+  }
+}
+
+Array::~Array() {
+  if (buffer_.obj) PyBuffer_Release(&buffer_);
+}
+
+void Array::fail(const std::string& got_and_wanted) const {
+  throw std::invalid_argument(std::string(name_) + ": " + got_and_wanted);
+}
+
+void Array::set_rank(int64_t rank) {
+  if (rank > max_rank) fail("got " + std::to_string(rank) + " axes, wants at most " + std::to_string(max_rank));
+  view_.rank = static_cast<int>(rank);
+}
+
+void Array::from_buffer() {
+  const std::string format = buffer_.format ? buffer_.format : "B";
+  const std::string kind = format.substr(format.find_first_not_of("@="));
+  const DType dtype = kind == "f" ? DType::f32 : kind == "d" ? DType::f64 : kind == "e" ? DType::f16 : DType::none;
+  if (dtype == DType::none)
+    fail("got elements of format '" + format + "', wants float32, float16, bfloat16 or float64 in native byte order");
+  set_rank(buffer_.ndim);
+  const int64_t size = buffer_.itemsize;
+  for (int i = 0; i < view_.rank; ++i) {
+    view_.shape[i] = buffer_.shape[i];
+    view_.stride[i] = buffer_.strides[i] / size;
+    if (buffer_.strides[i] % size != 0 && view_.shape[i] > 1) fail("got strides that are no multiple of the item size");
+  }
+  view_.data = buffer_.buf;
+  view_.dtype = dtype;
+  if (reinterpret_cast<uintptr_t>(view_.data) % static_cast<uintptr_t>(size) != 0 && !empty(view_))
+    fail("got unaligned data, wants an aligned array (numpy.require(x, requirements='A') makes one)");
+}
+
+void Array::from_dlpack(py::handle object) {
+  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+  if (device.first != dlpack::device_cpu && device.first != dlpack::device_cuda_host)
+    fail("got an array on a device (DLPack type " + std::to_string(device.first) + "), wants one in CPU memory");
+  capsule_ = object.attr("__dlpack__")();
+  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+  if (!managed) throw py::error_already_set();
+  const dlpack::Tensor& tensor = managed->tensor;
+  const dlpack::DataType& type = tensor.dtype;
+  const bool is_float = type.code == dlpack::code_float && type.lanes == 1;
+  const DType dtype = is_float && type.bits == 32                                              ? DType::f32
+                      : is_float && type.bits == 16                                            ? DType::f16
+                      : is_float && type.bits == 64                                            ? DType::f64
+                      : type.code == dlpack::code_bfloat && type.bits == 16 && type.lanes == 1 ? DType::bf16
+                                                                                               : DType::none;
+  if (dtype == DType::none)
+    fail("got elements of DLPack type " + std::to_string(type.code) + " with " + std::to_string(type.bits) +
+         " bits, wants float32, float16, bfloat16 or float64");
+  set_rank(tensor.rank);
+  int64_t contiguous = 1;
+  for (int i = view_.rank - 1; i >= 0; --i) {
+    view_.shape[i] = tensor.shape[i];
+    view_.stride[i] = tensor.strides ? tensor.strides[i] : contiguous;
+    contiguous *= tensor.shape[i];
+  }
+  view_.data = static_cast<char*>(tensor.data) + (tensor.data ? tensor.byte_offset : 0);
+  view_.dtype = dtype;
+}
+
+std::string Array::shape_text() const {
+  std::string text;
+  for (int i = 0; i < view_.rank; ++i) text += (i ? ", " : "") + std::to_string(view_.shape[i]);
+  return "shape (" + text + (view_.rank == 1 ? ",)" : ")");
+}
+
+void check_shape(const Array& array, const std::string& axes, const Sizes& sizes) {
+  if (array && !fits(array, axes, sizes)) reject(array, array.shape_text(), axes_text(axes, &sizes));
+}
+
+void check_rank(const Array& array, const std::string& axes) {
+  if (array.view().rank != static_cast<int>(axes.size())) reject(array, array.shape_text(), axes_text(axes));
+}
+
+void check_projection(const Array& array, const Sizes& sizes) {
+  Sizes with_groups = sizes;
+  const int64_t groups = array.view().rank == 4 ? array.shape(1) : 1;
+  with_groups['G'] = groups;
+  const bool divides = groups > 0 && sizes.at('D') % groups == 0;
+  if (divides && (fits(array, "DN", sizes) || fits(array, "BNL", sizes) || fits(array, "BGNL", with_groups))) return;
+  std::string wants = "(D, N), (B, N, L) or (B, G, N, L) with ";
+  for (const char axis : std::string("BDNL"))
+    wants += std::string(1, axis) + "=" + std::to_string(sizes.at(axis)) + (axis == 'L' ? "" : ", ");
+  reject(array, array.shape_text(), wants + " and G a divisor of D");
+}
+
+void check_input_dtype(const Array& array, bool float64) {
+  if (!array || (array.view().dtype == DType::f64) == float64) return;
+  reject(array, name_of(array.view().dtype),
+         float64 ? "float64, because the first array is float64" : "float32, float16 or bfloat16");
+}
+
+void check_output(const Array& array, DType dtype) {
+  if (!array) return;
+  const TensorView& view = array.view();
+  if (view.dtype != dtype) reject(array, name_of(view.dtype), name_of(dtype));
+  for (int i = 0; i < view.rank; ++i)
+    if (view.shape[i] > 1 && view.stride[i] == 0 && !empty(view))
+      reject(array, "stride 0 on axis " + std::to_string(i), "an array whose elements have a place each");
+}
+
+void check_gradient(const Array& array, bool float64) {
+  if (!array) return;
+  const TensorView& view = array.view();
+  check_output(array, float64 ? DType::f64 : DType::f32);
+  int64_t contiguous = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    if (view.shape[i] > 1 && view.stride[i] != contiguous && !empty(view))
+      reject(array, "strides that are not contiguous", "a C-contiguous array");
+    contiguous *= view.shape[i];
+  }
+}
+
+TensorView projection_view(const Array& array) {
+  TensorView view = array.view();
+  if (view.rank != 3) return view;
+  view.rank = 4;
+  for (int i = 3; i > 1; --i) {
+    view.shape[i] = view.shape[i - 1];
+    view.stride[i] = view.stride[i - 1];
+  }
+  view.shape[1] = 1;
+  view.stride[1] = 0;
+  return view;
+}
+
+}  // namespace fastlvm

@@ -1,0 +1,56 @@
+// Arrays handed in from Python (numpy or anything else with a buffer or __dlpack__) as TensorViews.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+
+#include "common/tensor.h"
+
+namespace fastlvm {
+
+enum class Access { read, write };
+
+// One argument. It keeps the array alive and is created and destroyed with the GIL held.
+class Array {
+ public:
+  // `object` may be None only if `optional`. Throws std::invalid_argument, naming the argument.
+  Array(const char* name, pybind11::handle object, Access access, bool optional = false);
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array();
+
+  explicit operator bool() const { return view_.dtype != DType::none; }
+  const char* name() const { return name_; }
+  const TensorView& view() const { return view_; }
+  int64_t shape(int axis) const { return view_.shape[axis]; }
+  std::string shape_text() const;
+
+ private:
+  void from_buffer();
+  void from_dlpack(pybind11::handle object);
+  void set_rank(int64_t rank);
+  [[noreturn]] void fail(const std::string& got_and_wanted) const;
+
+  const char* name_;
+  TensorView view_;
+  Py_buffer buffer_{};
+  pybind11::object capsule_;
+};
+
+// The sizes that the axes' letters stand for, as in "BDL".
+using Sizes = std::map<char, int64_t>;
+
+// Throw std::invalid_argument, naming argument, what it got and what it wants; an array not given passes.
+void check_shape(const Array& array, const std::string& axes, const Sizes& sizes);
+void check_rank(const Array& array, const std::string& axes);
+void check_projection(const Array& array, const Sizes& sizes);  // (D, N), (B, N, L) or (B, G, N, L)
+void check_input_dtype(const Array& array, bool float64);
+void check_output(const Array& array, DType dtype);     // no two elements in one place
+void check_gradient(const Array& array, bool float64);  // float32 (float64), contiguous
+
+// A (B, N, L) projection as (B, 1, N, L).
+TensorView projection_view(const Array& array);
+
+}  // namespace fastlvm

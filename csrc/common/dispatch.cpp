@@ -1,0 +1,132 @@
+#include "common/dispatch.h"
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(_MSC_VER) && defined(_M_X64)
+#include <immintrin.h>
+#include <intrin.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastlvm {
+namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+std::array<uint32_t, 4> cpuid(uint32_t leaf, uint32_t subleaf) {
+#if defined(_MSC_VER)
+  int registers[4];
+  __cpuidex(registers, static_cast<int>(leaf), static_cast<int>(subleaf));
+  return {static_cast<uint32_t>(registers[0]), static_cast<uint32_t>(registers[1]), static_cast<uint32_t>(registers[2]),
+          static_cast<uint32_t>(registers[3])};
+#else
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d);
+  return {a, b, c, d};
+#endif
+}
+
+// The register state that the system saves (XCR0).
+uint64_t saved_state() {
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+#endif
+}
+
+enum class Level { baseline, avx2, avx512 };
+
+Level processor_level() {
+  const auto has = [](uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
+  const uint32_t basic = cpuid(1, 0)[2];
+  if (cpuid(0, 0)[0] < 7 || !has(basic, 27)) return Level::baseline;  // 27: OSXSAVE
+  const uint64_t saved = saved_state();
+  const uint32_t extended = cpuid(7, 0)[1];
+  const bool fma = has(basic, 12), avx = has(basic, 28), f16c = has(basic, 29), avx2 = has(extended, 5);
+  if (!(fma && avx && f16c && avx2) || (saved & 0x6) != 0x6) return Level::baseline;  // xmm and ymm
+  const bool f = has(extended, 16), dq = has(extended, 17), bw = has(extended, 30), vl = has(extended, 31);
+  return f && dq && bw && vl && (saved & 0xe6) == 0xe6 ? Level::avx512 : Level::avx2;  // masks and zmm as well
+}
+
+bool runs_avx2() { return processor_level() >= Level::avx2; }
+bool runs_avx512() { return processor_level() >= Level::avx512; }
+#else
+bool runs_avx2() { return false; }
+bool runs_avx512() { return false; }
+#endif
+
+bool runs_always() { return true; }
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*runs)();
+};
+
+// Worst first. Advanced SIMD is part of every AArch64 processor.
+std::array<Isa, 4> all_isas() {
+  return {{{scalar_kernels(), runs_always},
+           {neon_kernels(), runs_always},
+           {avx2_kernels(), runs_avx2},
+           {avx512_kernels(), runs_avx512}}};
+}
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+  for (const Isa& isa : all_isas())
+    if (isa.kernels && isa.runs()) found.push_back(isa.kernels);
+  return found;
+}
+
+const Kernels& find(const std::string& name, const std::string& setting) {
+  std::string names;
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument(setting + ": got '" + name + "', this machine can run " + names);
+}
+
+std::atomic<const Kernels*> active{nullptr};  // null: FASTLVM_ISA was bad
+std::string environment_error;                // written once, at import
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all_isas())
+    if (isa.kernels) names.emplace_back(isa.kernels->name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+void read_isa_environment() {
+  const char* name = std::getenv("FASTLVM_ISA");
+  try {
+    active.store(name && *name ? &find(name, "FASTLVM_ISA") : available().back());
+  } catch (const std::invalid_argument& error) {
+    environment_error = error.what();
+  }
+}
+
+void set_isa(const std::string& name) { active.store(&find(name, "isa")); }
+
+const Kernels& active_kernels() {
+  const Kernels* kernels = active.load();
+  if (!kernels) throw std::invalid_argument(environment_error);
+  return *kernels;
+}
+
+}  // namespace fastlvm

@@ -1,0 +1,63 @@
+// 4 floats: AArch64 Advanced SIMD. See vec.h.
+#pragma once
+
+#include <arm_neon.h>
+
+namespace fastlvm::FASTLVM_ISA {
+
+struct Vec {
+  using scalar = float;
+  static constexpr int width = 4;
+  float32x4_t v;
+
+  static uint32x4_t mask(int n) {
+    const int32_t lanes[4] = {0, 1, 2, 3};
+    return vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(n));
+  }
+
+  static Vec set1(float x) { return {vdupq_n_f32(x)}; }
+  static Vec zero() { return {vdupq_n_f32(0)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load_first(const float* p, int n) {
+    if (n >= 4) return load(p);
+    float lanes[4] = {0, 0, 0, 0};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store_first(float* p, int n) const {
+    if (n >= 4) return store(p);
+    float lanes[4];
+    store(lanes);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  static Vec first(Vec a, int n) { return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v), mask(n)))}; }
+  static float sum(Vec a) { return vaddvq_f32(a.v); }
+
+  friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+  static Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
+  static Vec if_zero(Vec test, Vec yes, Vec no) { return {vbslq_f32(vceqzq_f32(test.v), yes.v, no.v)}; }
+  static Vec if_greater(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vcgtq_f32(a.v, b.v), yes.v, no.v)}; }
+  static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+  static Vec scale(Vec a, Vec k) {  // in two steps, because 2^k alone may not be a number
+    const int32x4_t whole = vcvtq_s32_f32(k.v);
+    const int32x4_t half = vshrq_n_s32(whole, 1);
+    return {vmulq_f32(vmulq_f32(a.v, power(half)), power(vsubq_s32(whole, half)))};
+  }
+
+  static constexpr bool converts_f16 = true;
+  static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+
+ private:
+  static float32x4_t power(int32x4_t k) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23));
+  }
+};
+
+}  // namespace fastlvm::FASTLVM_ISA

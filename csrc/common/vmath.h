@@ -1,0 +1,96 @@
+// exp, softplus, sigmoid, SiLU and one step of the scan's recurrence, on the vectors of vec.h.
+// MEASURED
+#pragma once
+
+#include "common/vec.h"
+
+namespace fastlvm::FASTLVM_ISA {
+
+// exp(x) = 2^k (1 + p), with k integral and p = expm1(r), |r| <= ln2 / 2.
+template <class V>
+struct ExpParts {
+  V k, p;
+};
+
+template <class V>
+inline ExpParts<V> exp_parts(V x) {
+  // Beyond these bounds the result is 0 or inf in any case; a NaN passes.
+  x = V::min(V::set1(89.0f), V::max(V::set1(-104.0f), x));
+  const V k = V::round(x * V::set1(1.44269504f));
+  V r = V::fma(k, V::set1(-0.693359375f), x);  // ln2 in two parts, the first with few bits
+  r = V::fma(k, V::set1(2.12194440e-4f), r);
+  V q = V::set1(1.9875691500e-4f);
+  q = V::fma(q, r, V::set1(1.3981999507e-3f));
+  q = V::fma(q, r, V::set1(8.3334519073e-3f));
+  q = V::fma(q, r, V::set1(4.1665795894e-2f));
+  q = V::fma(q, r, V::set1(1.6666665459e-1f));
+  q = V::fma(q, r, V::set1(5.0000001201e-1f));
+  return {k, V::fma(r * r, q, r)};
+}
+
+template <class V>
+inline V exp(V x) {
+  const auto [k, p] = exp_parts(x);
+  return V::scale(V::set1(1.0f) + p, k);
+}
+
+// log(1 + exp(x)), and x itself above 20.
+template <class V>
+inline V softplus(V x) {
+  const V e = exp(V::zero() - V::abs(x));  // (0, 1]
+  const V s = e / (V::set1(2.0f) + e);     // log1p(e) = 2 atanh(s)
+  const V w = s * s;
+  V q = V::set1(0.12150469422340393f);
+  q = V::fma(q, w, V::set1(0.10713828355073929f));
+  q = V::fma(q, w, V::set1(0.14308442175388336f));
+  q = V::fma(q, w, V::set1(0.19999438524246216f));
+  q = V::fma(q, w, V::set1(0.3333333730697632f));
+  const V log1p = V::fma(w * q, s + s, s + s);
+  return V::if_greater(x, V::set1(20.0f), x, V::max(V::zero(), x) + log1p);
+}
+
+template <class V>
+inline V sigmoid(V x) {
+  return V::set1(1.0f) / (V::set1(1.0f) + exp(V::zero() - x));
+}
+
+// The recurrence h' = exp(x) h + in. For small x it is h + (expm1(x) h + in): the factor's rounding error is then
+// relative to its distance from one, and does not pile up over long memories.
+template <class V>
+struct Step {
+  V decay, state;
+};
+
+template <class V>
+inline Step<V> step(V x, V h, V in) {
+  const auto [k, p] = exp_parts(x);
+  const V decay = V::scale(V::set1(1.0f) + p, k);
+  return {decay, V::if_zero(k, h + V::fma(p, h, in), V::fma(decay, h, in))};
+}
+
+// float64, by the C library.
+
+using Double = Scalar<double>;
+
+inline Double exp(Double x) { return {::exp(x.v)}; }
+inline Double softplus(Double x) { return {x.v > 20 ? x.v : ::log1p(::exp(x.v))}; }
+inline Double sigmoid(Double x) { return {1 / (1 + ::exp(-x.v))}; }
+inline Step<Double> step(Double x, Double h, Double in) {
+  const Double decay = exp(x);
+  return {decay, Double::fma(decay, h, in)};
+}
+
+template <class V>
+inline V silu(V x) {
+  return x * sigmoid(x);
+}
+
+// d silu(x) / dx
+template <class V>
+inline V silu_slope(V x) {
+  const V s = sigmoid(x);
+  const V one = V::set1(1);
+  return s * V::fma(x, one - s, one);
+}
+
+}  // namespace fastlvm::FASTLVM_ISA

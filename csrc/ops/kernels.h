@@ -1,0 +1,61 @@
+// What crosses from the bindings to the kernels: the arguments of each op and one table of functions per ISA.
+// The bindings have checked every shape and dtype. See common/tensor.h for why this is plain data.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace fastlvm {
+
+// out = (C·h + D u) silu(z), h_t = exp(δ_t A) h_{t-1} + δ_t B_t u_t, δ = softplus(delta + delta_bias).
+struct SsmScan {
+  int64_t batch, dim, length, state;  // B, D, L, N
+  bool float64;                       // all arrays are float64, and so is the arithmetic
+  bool delta_softplus;
+  TensorView u, delta, z;    // [B, D, L]
+  TensorView A;              // [D, N]
+  TensorView B, C;           // [D, N] or [B, G, N, L], each with its own G
+  TensorView D, delta_bias;  // [D]
+  TensorView initial_state;  // [B, D, N]
+  TensorView out;            // [B, D, L]
+  TensorView final_state;    // [B, D, N] contiguous, float32 (float64)
+};
+
+// Gradients are contiguous, float32 (float64), of the shape of what they belong to; those not wanted are not given.
+struct SsmScanBwd {
+  SsmScan forward;  // out and final_state are not given
+  TensorView grad_out, grad_final_state;
+  TensorView du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
+};
+
+// out_t = activation(bias + Σ_k weight_k x_{t - W + 1 + k})
+struct CausalConv1d {
+  int64_t batch, dim, length, width;  // B, D, L, W
+  bool float64;
+  bool silu;
+  TensorView x, out;                      // [B, D, L]
+  TensorView weight;                      // [D, W]
+  TensorView bias;                        // [D]
+  TensorView initial_state, final_state;  // [B, D, W - 1]: the inputs before x, the last inputs
+};
+
+struct CausalConv1dBwd {
+  CausalConv1d forward;  // out and final_state are not given
+  TensorView grad_out, grad_final_state;
+  TensorView dx, dweight, dbias, dinitial_state;
+};
+
+struct Kernels {
+  const char* name;
+  void (*ssm_scan)(const SsmScan&);
+  void (*ssm_scan_bwd)(const SsmScanBwd&);
+  void (*causal_conv1d)(const CausalConv1d&);
+  void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
+};
+
+// One per object in isa/; null where the target architecture or the compiler lacks the instructions.
+const Kernels* scalar_kernels();
+const Kernels* neon_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace fastlvm
