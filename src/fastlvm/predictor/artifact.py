@@ -1,0 +1,203 @@
+"""An artifact folder: a predictor with everything it needs, written whole and read with every part checked.
+
+`model.safetensors` (weights), `golden.npz` (raw contexts and the predictions they have to give), `index/` (the
+payload's index with its space) and `config.json`: format version, precision, layer list, ids of payload, space, windows
+and index, SHA-256 of the other files (of index/ that of its index.json, which holds those of its own files), tool
+version and a checksum of itself.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastlvm
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from fastlvm.predictor.forward import Forward, Plan
+from fastlvm.retrieval import Index
+
+FORMAT = "fastlvm-artifact"
+VERSION = 1
+TOLERANCE = {"fp32": 1e-5}  # of any component of a golden prediction, which has length 1
+CONFIG, MODEL, GOLDEN, INDEX = "config.json", "model.safetensors", "golden.npz", "index"
+_HASHED = (MODEL, GOLDEN, f"{INDEX}/index.json")
+_IDS = ("payload_id", "space_id", "index_id")
+
+
+class Golden(NamedTuple):
+    """Raw contexts float32 [g, context, dim] and the predictions float32 [g, dim] they have to give."""
+
+    context: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `read` found. The golden predictions are still to be compared: see `check_golden`."""
+
+    path: Path
+    config: dict[str, Any]
+    forward: Forward
+    golden: Golden
+    index: Index
+
+
+def write(
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    weights: Mapping[str, np.ndarray],
+    golden: Golden,
+    index: Index,
+    config: Mapping[str, Any],
+    check: Callable[[Path], None],
+) -> None:
+    """Write a new artifact folder. `check` is given it before it takes its name: when it raises, nothing is left.
+
+    config: the entries that are not derived from the other arguments, `layers` and `precision` among them.
+    """
+    from safetensors.numpy import save_file
+
+    plan.check_shapes({name: array.shape for name, array in weights.items()})
+    with atomic_folder(folder) as path:
+        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path / MODEL)
+        np.savez(path / GOLDEN, context=golden.context, prediction=golden.prediction)
+        index.save(path / INDEX)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": f"fastlvm {fastlvm.__version__}",
+            **config,
+            "context": plan.shape.positions,
+            "dim": plan.shape.dim,
+            "payload_id": index.payload_id,
+            "space_id": index.space.id,
+            "index_id": index.id,
+            "sha256": {name: sha256_file(path / name) for name in _HASHED},
+        }
+        write_json(path / CONFIG, content | {"checksum": sha256_json(content)})
+        check(path)
+
+
+def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact:
+    """Read an artifact after checking its files against config.json and its weights against the layer list.
+
+    threads, if given, sets FAISS's thread count. Raises InputError where there is no artifact or one of another
+    version, IntegrityError where a part is missing, damaged or not the one config.json names.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    for name, digest in config["sha256"].items():
+        if not (path / name).is_file():
+            raise IntegrityError(f"{path / name} is missing: export the artifact again")
+        if sha256_file(path / name) != digest:
+            raise IntegrityError(f"{path / name} is damaged (its SHA-256 has changed): export the artifact again")
+    try:
+        plan = Plan(config["layers"], config["context"], config["dim"])
+    except InputError as error:
+        raise InputError(f"{path / CONFIG}: {error}") from error
+    try:
+        forward = Forward(plan, _read_weights(path / MODEL, plan))
+    except InputError as error:
+        raise IntegrityError(f"{path / MODEL}: {error}: export the artifact again") from error
+    index = Index.open(path / INDEX, threads=threads)
+    for name, found in (("payload_id", index.payload_id), ("space_id", index.space.id), ("index_id", index.id)):
+        if found != config[name]:
+            raise IntegrityError(
+                f"{path / INDEX} has {name} {found}, and {CONFIG} names {config[name]}: export the artifact again"
+            )
+    if index.dim != plan.shape.dim:
+        raise IntegrityError(f"{path / INDEX} has dimension {index.dim}, and the model {plan.shape.dim}: export again")
+    return Artifact(path, config, forward, _read_golden(path / GOLDEN, plan), index)
+
+
+def check_golden(artifact: Artifact, predict: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raises IntegrityError unless `predict`, raw contexts in, gives the golden predictions."""
+    with np.errstate(all="ignore"):
+        found = predict(artifact.golden.context)
+        worst = float(np.abs(found - artifact.golden.prediction).max())
+    tolerance = TOLERANCE[artifact.config["precision"]]
+    if not worst <= tolerance:
+        raise IntegrityError(
+            f"{artifact.path} predicts its golden windows off by {worst:.2g}, and at most {tolerance:g} is wanted: "
+            "export the artifact again"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of an artifact, its version, checksum and the kind of every entry checked; not yet the layers."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise InputError(f"{path} holds no artifact ({CONFIG} is missing): write one with fastlvm export")
+    try:
+        content = read_json(file)
+    except RecursionError:
+        content = None
+    except InputError as error:
+        raise IntegrityError(str(error)) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{file} is not an artifact of fastlvm: write one with fastlvm export")
+    if content.get("version") != VERSION:
+        found = content.get("version")
+        raise InputError(f"{file} has version {found!r}, and this fastlvm reads version {VERSION}: export it again")
+    checksum = content.pop("checksum", None)
+    if not _sums_to(content, checksum):
+        raise IntegrityError(f"{file} is damaged, its checksum does not fit: export the artifact again")
+    if content.get("precision") not in TOLERANCE:
+        found = content.get("precision")
+        raise InputError(
+            f"{file} has precision {found!r}, and this version runs {', '.join(TOLERANCE)}: update fastlvm"
+        )
+    hashes = content.get("sha256")
+    whole = (
+        isinstance(hashes, dict)
+        and set(hashes) == set(_HASHED)
+        and all(isinstance(content.get(name), str) for name in _IDS)
+        and all(type(content.get(name)) is int and content[name] >= 1 for name in ("context", "dim"))
+    )
+    if not whole:
+        raise IntegrityError(f"{file} lacks what an artifact records: export the artifact again")
+    return content
+
+
+def _sums_to(content: dict[str, Any], checksum: Any) -> bool:
+    try:
+        return sha256_json(content) == checksum
+    except (ValueError, RecursionError):  # NaN, or nested beyond sense
+        return False
+
+
+def _read_weights(file: Path, plan: Plan) -> dict[str, np.ndarray]:
+    """Every tensor, after its shape and dtype were found right in the header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+            plan.check_shapes({name: tuple(part.get_shape()) for name, part in slices.items()})
+            for name, part in slices.items():
+                if part.get_dtype() != "F32":
+                    raise InputError(f"tensor {name} is {part.get_dtype()}, and F32 is wanted")
+            return {name: weights.get_tensor(name) for name in slices}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"no readable safetensors file ({error})") from error
+
+
+def _read_golden(file: Path, plan: Plan) -> Golden:
+    positions, dim = plan.shape
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            golden = Golden(arrays["context"], arrays["prediction"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{file} cannot be read ({error}): export the artifact again") from error
+    n = len(golden.context) if golden.context.ndim else 0
+    shapes = golden.context.shape == (n, positions, dim) and golden.prediction.shape == (n, dim)
+    if n < 1 or not shapes or any(part.dtype != np.float32 for part in golden):
+        raise IntegrityError(f"{file} does not hold the windows of this model: export the artifact again")
+    return golden

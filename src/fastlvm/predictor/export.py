@@ -1,0 +1,223 @@
+"""A trained model, its space and an index become an artifact. Only here is torch used, imported when it is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastlvm.data import Payload, Space, Windows
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.predictor import artifact, layers
+from fastlvm.predictor.forward import Plan
+from fastlvm.predictor.predictor import Predictor
+from fastlvm.retrieval import Index
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastlvm.models import ModelConfig
+
+PRECISIONS = ("fp32",)
+GOLDEN_WINDOWS = 8
+AGREEMENT = 1e-5  # of any component of a prediction, which has length 1
+
+
+class _Source(NamedTuple):
+    """The model and what it was trained on; None where a bare module does not say."""
+
+    model: nn.Module
+    payload_id: str | None
+    space: Space | None
+    windows_id: str | None
+    name: str  # for messages
+
+
+def export(
+    model_or_run: nn.Module | str | os.PathLike[str],
+    dir: str | os.PathLike[str],
+    precision: str = "fp32",
+    index: Index | str | os.PathLike[str] | None = None,
+    *,
+    payload: Payload | None = None,
+    windows: Windows | None = None,
+) -> None:
+    """Write the artifact folder `dir`, from which `fastlvm.Predictor.load` predicts and searches without torch.
+
+    Args:
+        model_or_run: a folder `train` wrote, whose best weights are taken, or a module of `fastlvm.models`.
+        dir: a new folder; written whole or not at all.
+        precision: of the packed weights: "fp32".
+        index: an `Index` or the folder of one, of the payload and the space the model was trained on; None builds one
+            from `payload` in the run's space. For a bare module the index's payload and space are taken as its own.
+        payload: the payload itself, for building the index, and for taking the golden windows from it.
+        windows: the windows trained on. With `payload` they are verified against it, and the golden windows come from
+            the test split; without, from the payload's rows in order; without a payload they are random directions.
+
+    Raises:
+        InputError: `dir` holds something, or an argument is missing or of the wrong kind.
+        IntegrityError: index, payload, windows and run do not belong together, or the artifact does not reproduce the
+            model's own predictions.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, and this version packs {', '.join(PRECISIONS)}")
+    source = _source(model_or_run)
+    config: ModelConfig = source.model.config  # type: ignore[assignment]
+    if payload is not None:
+        _same(source, "payload", payload.id, source.payload_id)
+    if windows is not None:
+        _check_windows(source, payload, windows)
+    found = _index(source, index, payload)
+    if found.dim != config.vector_dim:
+        raise InputError(f"index has dimension {found.dim}, and the model takes vectors of {config.vector_dim}")
+
+    plan = Plan(describe(config), config.context, config.vector_dim)
+    weights = {name: np.array(tensor.float().cpu()) for name, tensor in source.model.state_dict().items()}
+    predict = _torch_predict(source.model)
+    raw, origin = _golden_context(config, payload, windows)
+    golden = artifact.Golden(raw, predict(found.space.apply(raw)))
+
+    def check(path: Path) -> None:
+        loaded = Predictor.load(path)
+        other = _random_context(config, GOLDEN_WINDOWS, seed=1)
+        for context in (raw, other):
+            worst = float(np.abs(loaded.predict(context) - predict(found.space.apply(context))).max())
+            if not worst <= AGREEMENT:
+                raise IntegrityError(
+                    f"the artifact of {source.name} differs from the model by {worst:.2g}, and at most {AGREEMENT:g} "
+                    "is wanted: nothing was written"
+                )
+
+    entries = {
+        "precision": precision,
+        "model": config.name,
+        "parameters": int(sum(array.size for array in weights.values())),
+        "windows_id": source.windows_id,
+        "golden": {"windows": len(raw), "from": origin},
+        "layers": [layers.write_layer(layer) for layer in plan.layers],
+    }
+    artifact.write(dir, plan, weights, golden, found, entries, check)
+
+
+def describe(config: ModelConfig) -> list[dict[str, Any]]:
+    """The layer list of a model; InputError where no list is known for its name."""
+    if config.name not in _FAMILIES:
+        raise InputError(f"model {config.name!r} has no layer list, and this version packs {', '.join(_FAMILIES)}")
+    return [layers.write_layer(layer) for layer in _FAMILIES[config.name](config)]
+
+
+def _mamba(config: ModelConfig) -> list[layers.Layer]:
+    dim, width, eps = config.vector_dim, config.d_model, float(config.norm_eps)
+    rank = config.dt_rank or 0
+    found: list[layers.Layer] = []
+    if width != dim:
+        found.append(layers.Linear("embed", dim, width))
+    for i in range(config.n_layers):
+        found.append(
+            layers.MambaBlock(
+                f"blocks.{i}", width, config.d_inner, config.d_state, config.d_conv, dt_rank=rank, eps=eps
+            )
+        )
+    found += [layers.Last(), layers.RmsNorm("norm", width, eps), layers.Linear("head", width, dim)]
+    if config.residual:
+        found.append(layers.RecencyMixture("mixture", config.context))
+    found.append(layers.L2Norm())
+    return found
+
+
+_FAMILIES: dict[str, Callable[[ModelConfig], list[layers.Layer]]] = {"mamba-s": _mamba}
+
+
+def _source(model_or_run: Any) -> _Source:
+    from torch import nn
+
+    if isinstance(model_or_run, str | os.PathLike):
+        from fastlvm.training import load_run
+
+        model, config, space = load_run(model_or_run)
+        return _Source(model, config["payload_id"], space, config["windows_id"], os.fspath(model_or_run))
+    from fastlvm.models import ModelConfig
+
+    if not isinstance(model_or_run, nn.Module) or not isinstance(getattr(model_or_run, "config", None), ModelConfig):
+        kind = type(model_or_run).__name__
+        raise InputError(f"model_or_run is a {kind}, and a run folder or a module of fastlvm.models is wanted")
+    return _Source(model_or_run, None, None, None, "the model")
+
+
+def _same(source: _Source, what: str, got: str, wanted: str | None) -> None:
+    if wanted is not None and got != wanted:
+        raise IntegrityError(f"{what} has id {got}, and {source.name} was trained on {wanted}: hand in that one")
+
+
+def _check_windows(source: _Source, payload: Payload | None, windows: Windows) -> None:
+    from fastlvm.training.runs import windows_id
+
+    _same(source, "windows' payload", windows.payload_id, source.payload_id)
+    _same(source, "windows", windows_id(windows), source.windows_id)
+    if payload is not None:
+        windows.verify(payload)
+
+
+def _index(source: _Source, index: Any, payload: Payload | None) -> Index:
+    """The index handed in, found to be of the model's payload and space, or one built from the payload."""
+    if index is None:
+        if payload is None:
+            raise InputError("index and payload are both missing: hand in an index, or the payload to build one from")
+        return Index.build(payload, space=source.space)
+    if isinstance(index, str | os.PathLike):
+        index = Index.open(index)
+    if not isinstance(index, Index):
+        raise InputError(f"index is a {type(index).__name__}, and an Index or the folder of one is wanted")
+    payload_id = payload.id if payload is not None else source.payload_id
+    for what, got, wanted in (
+        ("payload", index.payload_id, payload_id),
+        ("space", index.space.id, source.space.id if source.space is not None else None),
+    ):
+        if wanted is not None and got != wanted:
+            raise IntegrityError(
+                f"index is of {what} {got}, and {source.name} of {wanted}: build the right one with "
+                "fastlvm index build PAYLOAD --space RUN --out INDEX"
+            )
+    return index
+
+
+def _torch_predict(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The module's own forward on contexts in the space, in eval mode and float32."""
+    import torch
+
+    def predict(context: np.ndarray) -> np.ndarray:
+        training = model.training
+        first = next(model.parameters())
+        model.eval()
+        try:
+            with torch.no_grad():
+                predicted = model(torch.from_numpy(context).to(first.device, first.dtype))
+        finally:
+            model.train(training)
+        return np.array(predicted.float().cpu())
+
+    return predict
+
+
+def _golden_context(config: ModelConfig, payload: Payload | None, windows: Windows | None) -> tuple[np.ndarray, str]:
+    """Raw contexts float32 [g, context, dim], and where they are from."""
+    if payload is None:
+        return _random_context(config, GOLDEN_WINDOWS, seed=0), "random directions"
+    if windows is not None and windows.context == config.context:
+        rows = next(rows for split in ("test", "validation", "train") if len(rows := windows.rows(split)))[:, :-1]
+        origin = "windows"
+    else:
+        if len(payload) < config.context:
+            return _random_context(config, GOLDEN_WINDOWS, seed=0), "random directions"
+        rows = np.arange(len(payload) - config.context + 1)[:, None] + np.arange(config.context)
+        origin = "payload"
+    chosen = np.unique(np.linspace(0, len(rows) - 1, GOLDEN_WINDOWS).astype(np.int64))
+    return np.ascontiguousarray(payload.take(rows[chosen])), origin
+
+
+def _random_context(config: ModelConfig, n: int, seed: int) -> np.ndarray:
+    draw = np.random.default_rng(seed).standard_normal((n, config.context, config.vector_dim), np.float32)
+    return layers.l2_norm(draw)

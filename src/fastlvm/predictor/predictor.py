@@ -1,0 +1,158 @@
+"""Context vectors in, the next chunk's vector or the payload rows nearest to it out; numpy and faiss, no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlvm.errors import InputError
+from fastlvm.predictor import artifact
+from fastlvm.retrieval import Index
+
+MATCH = 1 - 1e-4  # least inner product of a context vector with its own payload row: float16 rounding, whitened
+TIE = 1e-6  # rows this close to the best match cannot be told from it in float32
+CANDIDATES = 8
+UNIT = 1e-3  # a length this far from 1 is float16 rounding, and kept
+
+
+class Found(NamedTuple):
+    """Best first: ids int64 [n, k] are payload rows, scores float32 [n, k], keys int32 [n, k, 2].
+
+    For a single context without the n. Where fewer than k rows remain: id -1, score -inf, key (-1, -1).
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    keys: np.ndarray
+
+
+class Predictor:
+    """The next chunk of a document from the last few, `.context` vectors of `.dim` each, oldest first.
+
+    Every call starts from a zero state: a prediction depends on its own context alone. Use `Predictor.load`.
+    """
+
+    def __init__(self, parts: artifact.Artifact) -> None:
+        self._parts = parts
+        self._forward = parts.forward
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> Predictor:
+        """Read an artifact that `fastlvm.export` wrote, and have it reproduce its golden predictions.
+
+        threads, if given, sets the thread counts of fastlvm's kernels and of FAISS for the whole process; matrix
+        products follow numpy's BLAS, which reads its own environment variables. Raises InputError where there is no
+        artifact or one this version cannot run, IntegrityError where it is damaged.
+        """
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads is not None and not (whole and threads >= 1):
+            raise InputError(f"threads is {threads!r}, and a whole number of at least 1 is wanted")
+        predictor = cls(artifact.read(folder, threads))
+        artifact.check_golden(predictor._parts, predictor.predict)
+        if threads is not None:
+            from fastlvm.ops import set_num_threads
+
+            set_num_threads(threads)
+        return predictor
+
+    def predict(self, context: np.ndarray) -> np.ndarray:
+        """The next chunk's vector, of length 1 and in the index's space: float32 [n, dim], or [dim] for one context.
+
+        context: float [n, context, dim] or [context, dim], raw encoder vectors, oldest first; a vector whose length is
+        not 1 is divided by it, as building a payload does. Raises InputError for another shape, NaN, infinite or zero
+        vectors, naming the window and position.
+        """
+        raw, single = self._checked(context)
+        predicted = self._forward(self.index.space.apply(raw))
+        return predicted[0] if single else predicted
+
+    def search(self, context: np.ndarray, k: int = 50, exclude: np.ndarray | str | None = None) -> Found:
+        """The k payload rows nearest to the prediction.
+
+        context: as `predict` takes it. exclude: payload rows [m] to leave out of every result, or [n, m] for each
+        context, -1 = none; or "context": the rows that a context's own vectors are. A row stands for its whole
+        duplicate group. Raises InputError for a wrong context, k or exclude.
+        """
+        raw, single = self._checked(context)
+        moved = self.index.space.apply(raw)
+        if isinstance(exclude, str):
+            if exclude != "context":
+                raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
+            exclude = self._own_rows(moved)
+        result = self.index.search(self._forward(moved), k, exclude=exclude)
+        return Found(*(part[0] for part in result)) if single else Found(*result)
+
+    def _own_rows(self, moved: np.ndarray) -> np.ndarray:
+        """The payload rows that the context vectors [n, context, dim], in the space, are: [n, m], -1 = none."""
+        n = len(moved)
+        ids, scores, _ = self.index.search(moved.reshape(-1, self.dim), CANDIDATES)
+        same = (scores >= MATCH) & (scores >= scores[:, :1] - TIE)
+        return np.where(same, ids, -1).reshape(n, -1)
+
+    def _checked(self, context: Any) -> tuple[np.ndarray, bool]:
+        """float32 [n, context, dim] of unit vectors, and whether a single context was given."""
+        wanted = f"[n, {self.context}, {self.dim}] or [{self.context}, {self.dim}]"
+        try:
+            raw = np.asarray(context)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(context).__name__
+            raise InputError(f"context is a {kind} that is no array ({error}), and {wanted} is wanted") from error
+        if not np.issubdtype(raw.dtype, np.floating):
+            raise InputError(f"context is {raw.dtype}, and a float array {wanted} is wanted")
+        if raw.ndim not in (2, 3) or raw.shape[-2:] != (self.context, self.dim):
+            raise InputError(f"context has shape {list(raw.shape)}, and {wanted} is wanted")
+        with np.errstate(over="ignore"):
+            vectors = np.ascontiguousarray(raw, dtype=np.float32).reshape(-1, self.context, self.dim)
+        if not np.isfinite(vectors).all():
+            at = self._first(~np.isfinite(vectors).all(axis=-1), raw.ndim)
+            raise InputError(f"context{at} holds a value that is not finite in float32: mend that vector")
+        lengths = np.sqrt(np.einsum("nld,nld->nl", vectors, vectors, dtype=np.float64))
+        if not lengths.all():
+            at = self._first(np.equal(lengths, 0), raw.ndim)
+            raise InputError(f"context{at} is all zeros, and an encoder's vector is wanted: leave that window out")
+        off = np.abs(lengths - 1) > UNIT
+        if off.any():
+            scaled = (vectors / lengths[..., None]).astype(np.float32)
+            vectors = np.where(off[..., None], scaled, vectors)
+        return vectors, raw.ndim == 2
+
+    @staticmethod
+    def _first(bad: Any, ndim: int) -> str:
+        """Where the first true entry of [n, context] is, as an index into what the caller gave."""
+        window, position = np.argwhere(bad)[0]
+        return f"[{position}]" if ndim == 2 else f"[{window}, {position}]"
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.path}, {self.context} × {self.dim}, {self.config['precision']}, {self.index!r})"
+
+    @property
+    def path(self) -> Path:
+        """The artifact's folder."""
+        return self._parts.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The artifact's config.json."""
+        return self._parts.config
+
+    @property
+    def index(self) -> Index:
+        """The payload's index; its `.space` is the one predictions are in."""
+        return self._parts.index
+
+    @property
+    def context(self) -> int:
+        """Vectors in a context."""
+        return int(self.config["context"])
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.config["dim"])
+
+    @property
+    def payload_id(self) -> str:
+        return self.index.payload_id
