@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files that hold everything a run needs to go on as if it had never stopped.
 
 `last.safetensors` holds the model, the projection head, AdamW's moments, the averaged weights, the states of all
-random generators and, as JSON in its metadata, the position in the schedule, the history and what the run belongs to. It
-is the only file a resumed run trusts; `history.json` and `best.safetensors` follow from it.
+random generators and, as JSON in its metadata, the position in the schedule, the history and what the run belongs to.
+It is the only file a resumed run trusts; `history.json` and `best.safetensors` follow from it.
 """
 
 from __future__ import annotations

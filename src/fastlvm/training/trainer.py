@@ -193,7 +193,7 @@ class Trainer:
             group["lr"] = lr
         context = self.augment(self.vectors[batch.context], self.vectors, batch.context)
         loss = self.objective(self.model(context), batch)
-        value = float(loss.total)
+        value = loss.total.item()
         if not math.isfinite(value):
             raise InputError(f"the loss is {value} at step {state.step + 1}: train with a smaller lr than {options.lr}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -206,8 +206,8 @@ class Trainer:
             for name, weight in self.model.state_dict().items():
                 self.average[name].lerp_(weight, 1 - decay)
         n = len(batch.rows)
-        infonce = 0.0 if loss.infonce is None else float(loss.infonce)
-        for i, part in enumerate((value, infonce, float(loss.cosine), 1.0)):
+        infonce = 0.0 if loss.infonce is None else loss.infonce.item()
+        for i, part in enumerate((value, infonce, loss.cosine.item(), 1.0)):
             state.sums[i] += part * n
         return value, lr
 

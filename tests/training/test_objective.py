@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastlvm.training.objective import Batch, Objective, Projection, false_negatives, info_nce
+from fastlvm.training.options import TrainOptions
+
+# four articles of six rows; row 20 repeats row 2
+ARTICLES = torch.arange(24) // 6
+GROUPS = torch.arange(24).clone()
+GROUPS[20] = 2
+
+
+def vectors():
+    v = F.normalize(torch.randn(24, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    v[20] = v[2]
+    return v
+
+
+def rows(*targets, length=2):
+    return Batch(torch.tensor([list(range(t - length, t + 1)) for t in targets]))
+
+
+def predictions(n):
+    return F.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(1)), dim=-1).requires_grad_()
+
+
+def build(**options):
+    options = {"negatives": "batch", "projection": "none", **options}
+    return Objective(TrainOptions(**options), vectors(), ARTICLES, GROUPS, torch.arange(18))
+
+
+def test_info_nce_is_cross_entropy():
+    q, k = predictions(5), vectors()[:9]
+    positive = torch.tensor([3, 0, 8, 1, 1])
+    expected = F.cross_entropy(q @ k.T / 0.07, positive)
+    torch.testing.assert_close(info_nce(q, k, positive, 0.07, None), expected)
+
+
+def test_masked_candidates_do_not_count_and_the_positive_always_does():
+    q, k = predictions(2), vectors()[:6]
+    positive = torch.tensor([1, 4])
+    masked = torch.zeros(2, 6, dtype=torch.bool)
+    masked[:, [1, 2, 5]] = True
+    expected = []
+    for i, keep in enumerate(([0, 1, 3, 4], [0, 3, 4])):
+        logits = q[i] @ k[keep].T / 0.1
+        expected.append(F.cross_entropy(logits, torch.tensor(keep.index(int(positive[i])))))
+    torch.testing.assert_close(info_nce(q, k, positive, 0.1, masked), torch.stack(expected).mean())
+
+
+def test_in_batch_contrastive_loss():
+    batch, y = rows(2, 8, 14), predictions(3)
+    target = vectors()[[2, 8, 14]]
+    infonce = F.cross_entropy(y @ target.T / 0.07, torch.arange(3))
+    cosine = 1 - (y * target).sum(-1).mean()
+    loss = build()(y, batch)
+    torch.testing.assert_close(loss.infonce, infonce)
+    torch.testing.assert_close(loss.total, 0.7 * infonce + 0.3 * cosine)
+
+
+def test_payload_negatives_are_the_training_rows():
+    """One softmax over the target and every unmasked training row, each once."""
+    batch, y = rows(8), predictions(1)
+    keep = [8, *range(6), *range(12, 18)]  # target first, then the rows of the other training articles
+    expected = F.cross_entropy(y @ vectors()[keep].T / 0.07, torch.tensor([0]))
+    torch.testing.assert_close(build(negatives="payload")(y, batch).infonce, expected)
+    both = build(negatives="payload")(predictions(2), rows(8, 14)).infonce
+    alone = [build(negatives="payload")(predictions(2)[i : i + 1], rows(t)).infonce for i, t in enumerate((8, 14))]
+    torch.testing.assert_close(both, torch.stack(alone).mean())
+
+
+def test_ar_is_cosine_and_squared_error():
+    y, target = predictions(3), vectors()[[2, 8, 14]]
+    loss = build(objective="ar")(y, rows(2, 8, 14))
+    assert loss.infonce is None
+    torch.testing.assert_close(loss.total, 1 - F.cosine_similarity(y, target).mean() + ((y - target) ** 2).mean())
+
+
+def test_false_negatives_by_article():
+    masked = false_negatives(rows(2), torch.arange(24), ARTICLES, GROUPS, "article")
+    assert masked[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 20]
+
+
+def test_false_negatives_by_group_cover_target_and_context():
+    masked = false_negatives(rows(2, 4), torch.arange(24), ARTICLES, GROUPS, "group")
+    assert masked[0].nonzero().flatten().tolist() == [0, 1, 2, 20]
+    assert masked[1].nonzero().flatten().tolist() == [2, 3, 4, 20]
+
+
+@pytest.mark.parametrize("negatives", ["batch", "payload"])
+@pytest.mark.parametrize("rule", ["article", "group"])
+def test_a_duplicate_is_never_a_negative(negatives, rule):
+    """Moving the other copy's vector changes nothing."""
+    losses = []
+    for shift in (0.0, 1.0):
+        v = vectors()
+        v[20] = F.normalize(v[20] + shift, dim=-1)
+        options = TrainOptions(negatives=negatives, projection="none", false_negatives=rule)
+        objective = Objective(options, v, ARTICLES, GROUPS, torch.arange(24))
+        losses.append(objective(predictions(2)[:1], rows(2)).infonce)
+        both = objective(predictions(2), Batch(torch.tensor([[0, 1, 2], [18, 19, 20]])))
+        assert torch.isfinite(both.total)
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_projection_head():
+    head = Projection(16)
+    assert [tuple(p.shape) for p in head.parameters()] == [(512, 16), (512,), (256, 512), (256,), (256,), (256,)]
+    torch.testing.assert_close(head(vectors()).norm(dim=-1), torch.ones(24))
+
+
+def test_the_target_branch_does_not_learn():
+    """The head's gradient is the one it gets from the queries alone."""
+    torch.manual_seed(0)
+    objective = build(projection="mlp", infonce_weight=1.0)
+    y, batch = predictions(3), rows(2, 8, 14)
+    objective(y, batch).total.backward()
+    head = objective.projection
+    got = [p.grad.clone() for p in head.parameters()]
+    keys = head(vectors()[[2, 8, 14]]).detach()
+    head.zero_grad()
+    F.cross_entropy(head(y.detach()) @ keys.T / 0.07, torch.arange(3)).backward()
+    for mine, parameter in zip(got, head.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_only_the_head_is_a_state():
+    assert list(build().state_dict()) == []
+    assert all(name.startswith("projection.") for name in build(projection="mlp").state_dict())
