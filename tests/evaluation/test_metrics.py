@@ -168,11 +168,11 @@ def clustered(rng, articles=40, windows=12):
 def test_intervals_cover_the_truth_because_articles_are_resampled():
     rng = np.random.default_rng(4)
     by_article = by_window = 0
-    trials = 200
+    trials = 100
     for trial in range(trials):
         ranks, article = clustered(rng)
         for unit_of, by in ((article, "article"), (np.arange(len(article)), "window")):
-            five = Bootstrap(unit_of, resamples=200, seed=trial).summarise(ranks, np.zeros(len(ranks)))["R@5"]
+            five = Bootstrap(unit_of, resamples=100, seed=trial).summarise(ranks, np.zeros(len(ranks)))["R@5"]
             covered = five.low <= 0.5 <= five.high
             by_article += covered and by == "article"
             by_window += covered and by == "window"
@@ -224,7 +224,9 @@ def test_weighted_median_of_a_resample_is_the_plain_median():
     assert (estimate.low, estimate.high) == (medians[2], medians[98])
 
 
-@pytest.mark.parametrize("arguments", [{"clusters": []}, {"clusters": [1], "resamples": 0}, {"clusters": [1], "level": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{"clusters": []}, {"clusters": [1], "resamples": 0}, {"clusters": [1], "level": 1}]
+)
 def test_a_bootstrap_of_nothing_is_refused(arguments):
     clusters = np.array(arguments.pop("clusters"))
     with pytest.raises(InputError):

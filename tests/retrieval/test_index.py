@@ -286,7 +286,7 @@ def resealed(folder, **changes):
 
 def test_files_of_another_index_are_refused(payload, tmp_path):
     Index.build(payload, "flat").save(tmp_path / "a")
-    other = payload_of(tmp_path / "p", vectors_with_repeats(1, rows=100))
+    other = payload_of(tmp_path / "p", vectors_with_repeats(1, rows=350))
     Index.build(other, "flat").save(tmp_path / "b")
     with pytest.raises(IntegrityError, match="was built from payload"):
         Index.open(tmp_path / "b", payload)

@@ -17,7 +17,7 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the inputs' covariance."""
 
 _FIT_BLOCK = 4096
-_BUDGET = 25_000_000  # query × pool rows scored per candidate while choosing decay and penalty
+_BUDGET = 15_000_000  # query × pool rows scored per candidate while choosing decay and penalty
 
 
 class Chosen(NamedTuple):
@@ -124,7 +124,8 @@ def fitted_ridge(pools: Pools, train: np.ndarray, judged: np.ndarray, space: Spa
     for penalty in PENALTIES:
         xx[diagonal] += penalty * scale - added
         added = penalty * scale
-        maps[penalty] = np.linalg.solve(xx, xy).astype(np.float32)
+        maps[penalty] = np.linalg.solve(xx.astype(np.float32), xy.astype(np.float32))
+    del xx, xy
     best = _best(pools, rows, space, PENALTIES, lambda penalty: _linear(maps[penalty], mean, space, "candidate"))
     where = "training" if judged is train else "validation"
     note = f"λ {best.value:g}, chosen on {len(rows)} {where} windows"

@@ -114,7 +114,7 @@ def _count_block(
         query, column, own = entries.query[here], entries.row[here], entries.own[here]
         scores[query[own] - first, column[own]] = -np.inf
         higher = scores > truth_scores[first:last, None]
-        above[first:last] += np.count_nonzero(higher, axis=1)
+        above[first:last] += [np.count_nonzero(row) for row in higher]  # much faster than with axis=1
         hit = higher[query - first, column]
         np.add.at(among_excluded, query[hit], 1)
 

@@ -30,7 +30,7 @@ def render(report: Report) -> Group:
 
 def _rankers(report: Report) -> Table:
     table = _table()
-    table.add_column("ranker", no_wrap=True)
+    table.add_column("ranker", overflow="fold")
     table.add_column("space", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -55,16 +55,16 @@ def _rankers(report: Report) -> Table:
 
 def _differences(report: Report) -> Table:
     table = _table()
-    table.add_column("paired difference", no_wrap=True)
+    table.add_column("paired difference", overflow="fold")
     for name in ("R@5", "Contain@50", "MRR@10"):
-        table.add_column(f"{name}  (95 %)", justify="right", no_wrap=True)
-    table.add_column("R@5 beyond chance", no_wrap=True)
+        table.add_column(f"{name}  (95 %)", justify="right", no_wrap=True, min_width=23)
+    table.add_column(" R@5 beyond chance", no_wrap=True)
     for difference in report.differences:
         five = difference.metrics["R@5"]
         table.add_row(
             f"{difference.model} − {difference.baseline}",
             *(_signed(difference.metrics[name]) for name in ("R@5", "Contain@50", "MRR@10")),
-            verdict(five),
+            " " + verdict(five),
         )
     return table
 
@@ -98,6 +98,11 @@ def _footnote(report: Report) -> str:
     ]
     if w["unanswerable"]:
         lines.append(f"In {w['unanswerable']:,} windows the target repeats a context row: counted as misses.")
+    overlap = report.alignment.get("article_overlap")
+    if overlap:
+        lines.append(
+            f"{overlap:,} articles are in more than one split: these figures are not those of unseen articles."
+        )
     random = report.alignment.get("random_pair_cosine")
     if random is not None:
         lines.append(f"Cosine of random pairs of chunks: {random:.3f}.")
@@ -110,7 +115,7 @@ def _footnote(report: Report) -> str:
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _short(figure: Estimate) -> str:

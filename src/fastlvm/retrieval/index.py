@@ -159,7 +159,7 @@ class Index:
         import faiss
 
         set_threads(threads)
-        faiss_index = faiss.read_index(str(path / "index.faiss"))
+        faiss_index: Any = faiss.read_index(str(path / "index.faiss"))
         keys = np.load(path / "keys.npy", allow_pickle=False)
         groups = np.load(path / "groups.npy", allow_pickle=False)
         own_space = "space.safetensors" in files
