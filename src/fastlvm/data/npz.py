@@ -1,0 +1,175 @@
+"""Reading and writing .npz members block by block, without pickles and without trusting a header's sizes."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fastlvm.errors import InputError, IntegrityError
+
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error, NotImplementedError, RuntimeError)
+"""What reading a damaged archive raises."""
+
+
+def read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and dtype from the head of a .npy stream. Raises IntegrityError naming `name`."""
+    try:
+        magic = np.lib.format.read_magic(file)
+        if magic == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif magic == (2, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"version {magic}")
+    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, *DAMAGE) as error:
+        raise IntegrityError(f"{name} has no .npy header that can be read: restore the file") from error
+    if any(side < 0 for side in shape) or math.prod(shape) > 2**48:
+        raise IntegrityError(f"{name} claims shape {list(shape)}: restore the file")
+    return shape, fortran, dtype
+
+
+class Archive:
+    """An .npz file opened for reading; a context manager."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{self.path} does not exist: name an .npz file")
+        with self.path.open("rb") as file:
+            start = file.read(4)
+        if start[:2] != b"PK":
+            raise InputError(f"{self.path} is not an .npz file")
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except (*DAMAGE, ValueError) as error:
+            raise self._damaged(error) from error
+        self.names = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def _damaged(self, error: BaseException) -> IntegrityError:
+        return IntegrityError(f"{self.path} is truncated or damaged ({' '.join(str(error).split())[:120]}): restore it")
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of a member."""
+        with self._open(name) as (_, shape, _, dtype):
+            return shape, dtype
+
+    def _open(self, name: str) -> _Member:
+        if name not in self.names:
+            raise InputError(f"{self.path} has no array {name!r}: it has {', '.join(sorted(self.names)) or 'none'}")
+        return _Member(self, self._zip, self.names[name], name)
+
+    def array(self, name: str, objects: Callable[[IO[bytes], str], np.ndarray] | None = None) -> np.ndarray:
+        """A whole member. objects: reads the pickle of an object array, which without it is refused."""
+        with self._open(name) as (file, shape, fortran, dtype):
+            if dtype.hasobject:
+                if objects is None:
+                    raise InputError(f"{self.path} array {name!r} holds Python objects, which are not loaded")
+                values = objects(file, f"{self.path} array {name!r}")
+                if values.size != math.prod(shape):
+                    raise IntegrityError(
+                        f"{self.path} array {name!r} has {values.size} entries for shape {list(shape)}"
+                    )
+                return values.reshape(shape)
+            size = math.prod(shape) * dtype.itemsize
+            data = _exactly(file, size)
+        if size == 0:
+            return np.zeros(shape, dtype)
+        flat = np.frombuffer(data, dtype=dtype)
+        return flat.reshape(shape, order="F" if fortran else "C")
+
+    def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """A member's first axis in pieces of `rows`, so that it need not fit in memory."""
+        with self._open(name) as (file, shape, fortran, dtype):
+            if dtype.hasobject:
+                raise InputError(f"{self.path} array {name!r} holds Python objects, and numbers are wanted")
+            if fortran and len(shape) > 1:
+                raise InputError(f"{self.path} array {name!r} is in Fortran order: save it with np.ascontiguousarray")
+            one = math.prod(shape[1:])
+            for first in range(0, shape[0], rows):
+                count = min(rows, shape[0] - first)
+                data = _exactly(file, count * one * dtype.itemsize)
+                yield np.frombuffer(data, dtype=dtype).reshape(count, *shape[1:])
+
+
+class _Member:
+    """An open member: (stream after the header, shape, Fortran order, dtype); errors name the archive."""
+
+    def __init__(self, archive: Archive, source: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+        self._archive, self._zip, self._info, self._name = archive, source, info, name
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]:
+        path = self._archive.path
+        try:
+            self._file = self._zip.open(self._info)
+        except (*DAMAGE, ValueError) as error:
+            raise self._archive._damaged(error) from error
+        try:
+            shape, fortran, dtype = read_header(self._file, f"{path} array {self._name!r}")
+            room = self._info.file_size
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize > room:
+                raise IntegrityError(
+                    f"{path} array {self._name!r} claims shape {list(shape)} and holds {room} bytes: restore the file"
+                )
+        except BaseException:
+            self._file.close()
+            raise
+        return self._file, shape, fortran, dtype
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if isinstance(error, DAMAGE) and not isinstance(error, RecursionError):
+            raise self._archive._damaged(error) from error
+
+
+def _exactly(file: IO[bytes], count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise EOFError(f"{count} bytes wanted, {len(data)} there")
+    return data
+
+
+class Writer:
+    """Writes an .npz file member by member; a context manager."""
+
+    def __init__(self, path: Path, compress: bool = False) -> None:
+        self._zip = zipfile.ZipFile(
+            path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED, allowZip64=True
+        )
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def array(self, name: str, values: Any) -> None:
+        """Write one array; one of Python objects is an error."""
+        with self._zip.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, np.asanyarray(values), allow_pickle=False)
+
+    def blocks(self, name: str, shape: tuple[int, ...], dtype: str, pieces: Iterable[np.ndarray]) -> None:
+        """Write an array of `shape` from pieces along its first axis."""
+        head = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        with self._zip.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, head)
+            for piece in pieces:
+                file.write(np.ascontiguousarray(piece, dtype=dtype).tobytes())
