@@ -75,7 +75,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
         _sync_folder(target.parent)
     finally:
         _remove(temporary)
@@ -107,7 +107,7 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             else:
                 _sync_folder(path)
         _sync_folder(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
         _sync_folder(target.parent)
     finally:
         if temporary.exists():

@@ -1,0 +1,3 @@
+from fastlvm.cli import main
+
+main()

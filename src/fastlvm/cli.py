@@ -1,0 +1,322 @@
+"""The command line: parse, call one function, print.
+
+Exit codes: 0 ok, 1 a gate failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlvm.console import (
+    TrainingBar,
+    command,
+    note,
+    parse_settings,
+    parse_split,
+    print_example,
+    print_found,
+    read_array,
+    show,
+    training_verdict,
+)
+
+app = typer.Typer(
+    name="fastlvm",
+    help="Predict the next chunk of a document and retrieve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+payload_app = typer.Typer(help="Tables of chunk vectors with keys, texts and provenance.", no_args_is_help=True)
+windows_app = typer.Typer(help="Windows of consecutive chunks, split by article.", no_args_is_help=True)
+index_app = typer.Typer(help="Search indexes over a payload.", no_args_is_help=True)
+app.add_typer(payload_app, name="payload")
+app.add_typer(windows_app, name="windows")
+app.add_typer(index_app, name="index")
+
+
+def _print_notices(notices: list[str]) -> None:
+    for notice in notices:
+        typer.echo(f"note: {notice}")
+
+
+def _print_payload(payload: Any) -> None:
+    provenance = payload.provenance
+    typer.echo(f"payload   {payload.path}")
+    typer.echo(f"id        {payload.id}")
+    typer.echo(f"rows      {len(payload)} x {payload.dim} {payload.vectors.dtype}")
+    typer.echo(f"encoder   {provenance.encoder}")
+    typer.echo(f"source    {provenance.source or '-'}")
+    typer.echo(f"made by   {provenance.tool}, {provenance.created_at}")
+    _print_notices(payload.notices)
+
+
+@command(payload_app, "build", "fastlvm payload build --vectors v.npy --keys k.npy --encoder gtr-t5-base --out payload")
+def payload_build(
+    vectors: Annotated[Path, typer.Option(help="float16 or float32 .npy, [rows, dim]")],
+    keys: Annotated[Path, typer.Option(help="integer .npy, [rows, 2]: article, chunk")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    encoder: Annotated[str, typer.Option(help="name of the encoder that made the vectors")],
+    texts: Annotated[Path | None, typer.Option(help=".parquet, .jsonl or .jsonl.gz with a text column")] = None,
+    source: Annotated[str, typer.Option(help="where the texts come from")] = "",
+) -> None:
+    """Check, normalise and store vectors with their keys and provenance."""
+    from fastlvm import Payload
+
+    payload = Payload.build(
+        out, read_array(vectors, "--vectors"), read_array(keys, "--keys"), texts=texts, encoder=encoder, source=source
+    )
+    _print_payload(payload)
+
+
+@command(payload_app, "import", "fastlvm payload import wikipedia_584k_payload.npy --out payload")
+def payload_import(
+    old: Annotated[Path, typer.Argument(help="the predecessor's payload .npy or ordered .npz")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    encoder: Annotated[str, typer.Option(help="name of the encoder that made the vectors")] = "unknown",
+) -> None:
+    """Import a predecessor's payload; pickles are read by an unpickler that admits arrays and nothing else."""
+    from fastlvm.data import import_payload
+
+    _print_payload(import_payload(old, out, encoder=encoder))
+
+
+@command(payload_app, "info", "fastlvm payload info payload")
+def payload_info(folder: Annotated[Path, typer.Argument(help="payload folder")]) -> None:
+    """Print what a payload holds and where it comes from."""
+    from fastlvm import Payload
+
+    _print_payload(Payload.open(folder))
+
+
+@command(payload_app, "verify", "fastlvm payload verify payload")
+def payload_verify(folder: Annotated[Path, typer.Argument(help="payload folder")]) -> None:
+    """Hash every file and check every row."""
+    from fastlvm import Payload
+
+    payload = Payload.open(folder)
+    payload.verify()
+    typer.echo(f"ok: {len(payload)} rows, hashes, norms and key order hold (id {payload.id})")
+
+
+def _print_windows(windows: Any) -> None:
+    typer.echo(f"windows of {windows.context} + 1 chunks over payload {windows.payload_id}")
+    for name in windows.splits:
+        typer.echo(f"  {name:<11}{len(windows.rows(name)):>9} windows {len(windows.articles(name)):>7} articles")
+
+
+@command(windows_app, "build", "fastlvm windows build payload --out windows.npz --split 0.8,0.1,0.1 --seed 0")
+def windows_build(
+    payload: Annotated[Path, typer.Argument(help="payload folder")],
+    out: Annotated[Path, typer.Option(help=".npz to write")],
+    context: Annotated[int, typer.Option(help="chunks before the target")] = 5,
+    split: Annotated[str, typer.Option(help="fractions of the articles: train,validation,test")] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
+) -> None:
+    """Cut windows of consecutive chunks and split them by article."""
+    from fastlvm import Payload, Windows
+
+    table = Payload.open(payload)
+    windows = Windows.build(table, context=context, split=parse_split(split), seed=seed)
+    windows.save(out)
+    _print_windows(windows)
+    typer.echo(str(windows.verify(table)))
+
+
+@command(windows_app, "import", "fastlvm windows import eval_v2.npz --payload payload --out windows.npz")
+def windows_import(
+    old: Annotated[Path, typer.Argument(help="the predecessor's window .npz")],
+    payload: Annotated[Path, typer.Option(help="payload folder the windows are keyed to")],
+    out: Annotated[Path, typer.Option(help=".npz to write")],
+    split: Annotated[str, typer.Option(help="fractions of the articles: train,validation,test")] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
+) -> None:
+    """Match a predecessor's windows to payload rows; a set that does not come from the payload is refused."""
+    from fastlvm import Payload, Windows
+
+    table = Payload.open(payload)
+    windows = Windows.import_predecessor(old, table, split=parse_split(split), seed=seed)
+    windows.save(out)
+    _print_windows(windows)
+    typer.echo(str(windows.verify(table)))
+
+
+@command(windows_app, "export", "fastlvm windows export windows.npz --payload payload --split test --out old.npz")
+def windows_export(
+    windows: Annotated[Path, typer.Argument(help="windows .npz")],
+    payload: Annotated[Path, typer.Option(help="payload folder")],
+    out: Annotated[Path, typer.Option(help=".npz to write")],
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+) -> None:
+    """Write one split in the predecessor's layout: vectors instead of rows."""
+    from fastlvm import Payload, Windows
+
+    table = Windows.open(windows)
+    table.export_predecessor(out, Payload.open(payload), split)
+    typer.echo(f"{len(table.rows(split))} windows written to {out}")
+
+
+@command(windows_app, "verify", "fastlvm windows verify windows.npz --payload payload")
+def windows_verify(
+    windows: Annotated[Path, typer.Argument(help="windows .npz")],
+    payload: Annotated[Path, typer.Option(help="payload folder")],
+) -> None:
+    """Check that contexts and targets are the payload's own rows."""
+    from fastlvm import Payload, Windows
+
+    typer.echo(str(Windows.open(windows).verify(Payload.open(payload))))
+
+
+@command(index_app, "build", "fastlvm index build payload --kind auto --space run --out index")
+def index_build(
+    payload: Annotated[Path, typer.Argument(help="payload folder")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    kind: Annotated[str, typer.Option(help="auto, flat or ivf_flat")] = "auto",
+    space: Annotated[Path | None, typer.Option(help="run folder or space file the vectors are moved by")] = None,
+    nlist: Annotated[int | None, typer.Option(help="inverted lists, chosen for the size when absent")] = None,
+    nprobe: Annotated[int | None, typer.Option(help="lists probed, measured when absent")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the training sample")] = 0,
+) -> None:
+    """Build a FAISS index over every chunk of a payload."""
+    from fastlvm import Index, Payload, Space
+
+    moved = Space.load(space / "space.safetensors" if space.is_dir() else space) if space else None
+    index = Index.build(Payload.open(payload), kind=kind, space=moved, nlist=nlist, nprobe=nprobe, seed=seed)
+    index.save(out)
+    shape = f"nlist {index.nlist}, nprobe {index.nprobe}" if index.kind != "flat" else "exact"
+    typer.echo(f"{index.kind} index of {len(index)} rows ({shape}) written to {out}")
+
+
+@command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")
+def train(
+    payload: Annotated[Path, typer.Option(help="payload folder")],
+    windows: Annotated[Path, typer.Option(help="windows .npz")],
+    out: Annotated[Path, typer.Option(help="run folder to write")],
+    model: Annotated[str, typer.Option(help="name of the model")] = "mamba-s",
+    objective: Annotated[str, typer.Option(help="contrastive or ar")] = "contrastive",
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a run stopped, bit for bit")] = False,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training windows")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch", help="windows per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
+    space: Annotated[str | None, typer.Option(help="whiten or none")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="another setting of model or trainer, such as d_model=256")
+    ] = None,
+) -> None:
+    """Train a model; a run starts at the whitened recency mixture and keeps what validation R@5 says helps."""
+    from fastlvm import Payload, Windows, training
+
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "space": space}
+    settings = {**{key: value for key, value in given.items() if value is not None}, **parse_settings(setting or [])}
+    with TrainingBar() as bar:
+        summary = training.train(
+            model,
+            Payload.open(payload),
+            Windows.open(windows),
+            out,
+            objective=objective,
+            resume=resume,
+            progress=bar,
+            **settings,
+        )
+    typer.echo(training_verdict(summary))
+    typer.echo(f"run       {summary.path}")
+
+
+@command(app, "eval", "fastlvm eval artifact --payload payload --windows windows.npz --split test --out report")
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="runs or artifacts")],
+    payload: Annotated[Path, typer.Option(help="payload folder")],
+    windows: Annotated[Path, typer.Option(help="windows .npz")],
+    out: Annotated[Path, typer.Option(help="folder for report.json and report.png")],
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    limit: Annotated[int | None, typer.Option(help="most windows to rank, a seeded sample")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the sample and of the intervals")] = 0,
+    gates: Annotated[str | None, typer.Option(help="epoch2, epoch4, final, target, stretch or deployment")] = None,
+) -> None:
+    """Rank models and baselines on the same windows over the whole payload; exit 1 when a gate fails."""
+    from fastlvm import Payload, Windows, workflow
+
+    report = workflow.evaluate_paths(
+        models, Payload.open(payload), Windows.open(windows), split=split, limit=limit, seed=seed, say=note
+    )
+    show(report.table())
+    workflow.write_report(report, out, say=note)
+    if gates is not None:
+        from fastlvm.evaluation import enforce
+
+        for model in models:
+            for row in enforce(report, gates, model=workflow.model_name(model, models)):
+                typer.echo(f"gate {gates}: {row}")
+
+
+@command(app, "export", "fastlvm export run --index index --out artifact")
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help="artifact folder to write")],
+    index: Annotated[Path | None, typer.Option(help="index folder; built from --payload when absent")] = None,
+    payload: Annotated[Path | None, typer.Option(help="payload folder")] = None,
+    windows: Annotated[Path | None, typer.Option(help="windows .npz, checked against --payload")] = None,
+    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
+) -> None:
+    """Write what a predictor needs, weights, space and index, and check it against the trained model."""
+    import fastlvm
+
+    fastlvm.export(
+        run,
+        out,
+        precision,
+        index,
+        payload=fastlvm.Payload.open(payload) if payload else None,
+        windows=fastlvm.Windows.open(windows) if windows else None,
+    )
+    typer.echo(f"artifact written to {out}")
+
+
+@command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --json")
+def predict(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    context: Annotated[Path, typer.Option(help="float .npy, [5, dim] or [n, 5, dim], oldest chunk first")],
+    k: Annotated[int, typer.Option("-k", help="chunks to list")] = 50,
+    keep_context: Annotated[bool, typer.Option("--keep-context", help="list the context's own chunks too")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a context")] = False,
+    threads: Annotated[int | None, typer.Option(help="threads of kernels and search")] = None,
+) -> None:
+    """List the chunks nearest to the predicted next one."""
+    from fastlvm import Predictor
+
+    vectors = read_array(context, "--context")
+    found = Predictor.load(artifact, threads=threads).search(vectors, k, exclude=None if keep_context else "context")
+    print_found(found, single=vectors.ndim == 2, as_json=as_json)
+
+
+@command(app, "info", "fastlvm info")
+def info() -> None:
+    """Print versions, instruction sets, threads and which backends can run here."""
+    from fastlvm import workflow
+
+    for name, value in workflow.machine_info():
+        typer.echo(f"{name:<16}{value}")
+
+
+@command(app, "demo", "fastlvm demo --out demo")
+def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
+    """Train on the sample payload, retrieve the next chunks of articles never seen, and compare with the baselines."""
+    from fastlvm import demo as steps
+
+    with TrainingBar() as bar:
+        done = steps.run(out, progress=bar, say=note)
+    typer.echo(training_verdict(done.summary))
+    show(done.report.table())
+    print_example(steps.example(done))
+    for path, what in steps.places(out):
+        typer.echo(f"{path!s:<28}{what}")
+
+
+def main() -> None:
+    """Entry point of `fastlvm` and `python -m fastlvm`."""
+    app()

@@ -1,0 +1,195 @@
+"""What the commands share: how they end, what they read from the command line and how they show it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from fastlvm.errors import FastlvmError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.progress import TaskID
+
+    from fastlvm.training import RunSummary
+
+INTERRUPTED = 130
+_EXTRAS = {"torch": "torch", "matplotlib": "plot", "mlx": "mlx"}
+
+
+def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose help ends in an example and whose failures are one line and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except FastlvmError as error:
+                _leave(str(error), error.exit_code)
+            except KeyboardInterrupt:
+                _leave("interrupted", INTERRUPTED)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            except OSError as error:
+                _leave(f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code)
+            except ModuleNotFoundError as error:
+                root = (error.name or "").partition(".")[0]
+                if root not in _EXTRAS:
+                    raise
+                _leave(f"this needs {root}: pip install 'fastlvm[{_EXTRAS[root]}]'", InputError.exit_code)
+
+        group.command(name, epilog=f"Example: {example}")(guarded)
+        return function
+
+    return register
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo(f"fastlvm: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def note(text: str) -> None:
+    """A line about what is being done, on the error stream so that results can be piped."""
+    typer.echo(text, err=True)
+
+
+def show(renderable: Any) -> None:
+    """Print a rich table; as wide as it needs where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=120, highlight=False)
+    console.print(renderable)
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """A .npy array, memory-mapped; never a pickled one."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: {path} does not exist") from error
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{name}: {path} is not a whole .npy array ({error}): save it with numpy.save") from error
+
+
+def parse_split(text: str) -> tuple[float, float, float]:
+    """Three fractions such as 0.8,0.1,0.1."""
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--split: got {text!r}, wants three fractions such as 0.8,0.1,0.1") from error
+    return train, validation, test
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON where they parse as JSON, else plain strings."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise InputError(f"--set: got {pair!r}, wants key=value such as d_model=256")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+class TrainingBar:
+    """Draws what the trainer reports: a bar for the epoch under way, a line for each one done."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._epoch = -1
+
+    def __enter__(self) -> TrainingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(
+        self,
+        *,
+        epoch: int,
+        epochs: int,
+        step: int,
+        steps: int,
+        loss: float | None,
+        lr: float | None,
+        entry: dict[str, Any] | None,
+    ) -> None:
+        if entry is not None:
+            trained = "" if entry["train_loss"] is None else f"train loss {entry['train_loss']:.4f}  "
+            figures = f"validation cosine {entry['val_cosine']:.4f}  R@5 {entry['val_r@5']:.4f}"
+            self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
+            return
+        if epoch != self._epoch:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._epoch = self._bar.add_task(f"epoch {epoch} of {epochs}", total=steps), epoch
+        assert self._task is not None
+        self._bar.update(self._task, completed=step)
+
+
+def training_verdict(summary: RunSummary) -> str:
+    """What training came to, in a sentence."""
+    start = f"the recency mixture it starts from (decay {summary.decay:g}) has validation R@5 {summary.start_r5:.4f}"
+    if summary.best_epoch == 0:
+        kept = "no epoch beat it, so the mixture is what was kept"
+    else:
+        kept = f"epoch {summary.best_epoch} of {summary.epochs} reached {summary.best_r5:.4f} and was kept"
+    return f"{summary.parameters:,} weights, {summary.seconds:.0f} s of training: {start}; {kept}"
+
+
+def print_found(found: Any, *, single: bool, as_json: bool) -> None:
+    """Rows, keys and scores of `Predictor.search`, the best first."""
+    results = [found] if single else [type(found)(*part) for part in zip(*found, strict=True)]
+    for number, one in enumerate(results):
+        rows = [
+            {"row": int(row), "article": int(article), "chunk": int(chunk), "score": float(score)}
+            for row, score, (article, chunk) in zip(one.ids, one.scores, one.keys, strict=True)
+            if row >= 0
+        ]
+        if as_json:
+            typer.echo(json.dumps({"context": number, "results": rows}))
+            continue
+        if not single:
+            typer.echo(f"context {number}")
+        typer.echo(f"{'row':>9} {'article':>8} {'chunk':>6} {'score':>8}")
+        for r in rows:
+            typer.echo(f"{r['row']:>9} {r['article']:>8} {r['chunk']:>6} {r['score']:>8.4f}")
+
+
+def print_example(lines: list[tuple[str, str]], width: int = 110) -> None:
+    """Labelled texts, each cut to a line."""
+    for label, text in lines:
+        typer.echo(f"{label}: {text if len(text) <= width else text[: width - 1] + '…'}")

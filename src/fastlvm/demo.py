@@ -1,0 +1,90 @@
+"""The whole way in one call: sample payload, windows, training, index, artifact, evaluation, one retrieved chunk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastlvm.data import Payload, Windows
+    from fastlvm.evaluation import Report
+    from fastlvm.predictor import Predictor
+    from fastlvm.training import RunSummary
+
+SPLIT = (0.6, 0.1, 0.3)
+SEED = 0
+MODEL: dict[str, Any] = {"d_model": 256, "n_layers": 4, "d_state": 16}
+TRAINING: dict[str, Any] = {"epochs": 8, "patience": 3}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made and found."""
+
+    payload: Payload
+    windows: Windows
+    summary: RunSummary
+    predictor: Predictor
+    report: Report
+
+
+def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable[[str], None] = print) -> Demo:
+    """Run every step into folder `out`; a step that an earlier, interrupted call finished is not done again."""
+    from fastlvm import Index, Payload, Predictor, Windows, export, workflow
+    from fastlvm.training import load_run, train
+
+    payload = Payload.sample()
+    say(f"payload: {len(payload):,} chunks x {payload.dim}, {payload.provenance.encoder}, {payload.provenance.source}")
+
+    windows = Windows.build(payload, split=SPLIT, seed=SEED)
+    windows.save(out / "windows.npz")
+    counts = [
+        f"{name} {len(windows.rows(name)):,} of {len(windows.articles(name))} articles" for name in windows.splits
+    ]
+    say(f"windows: {', '.join(counts)}; articles in two splits: {windows.article_overlap()}")
+
+    summary = train("mamba-s", payload, windows, out / "run", resume=True, progress=progress, **MODEL, **TRAINING)
+    _, _, space = load_run(out / "run")
+    _forget(out / "index", out / "artifact")
+    Index.build(payload, space=space).save(out / "index")
+    export(out / "run", out / "artifact", index=out / "index", payload=payload, windows=windows)
+    report = workflow.evaluate_paths([out / "artifact"], payload, windows, name="sample payload", say=say)
+    workflow.write_report(report, out, say)
+    return Demo(payload, windows, summary, Predictor.load(out / "artifact"), report)
+
+
+def example(demo: Demo, k: int = 3) -> list[tuple[str, str]]:
+    """(what, text) of one test window: the last chunk read, the true next one and the k best retrieved."""
+    rows = demo.windows.rows("test")
+    found = demo.predictor.search(demo.payload.take(rows[:, :-1]), k=k, exclude=rows[:, :-1])
+    hits = np.flatnonzero(found.ids[:, 0] == demo.payload.groups[rows[:, -1]])
+    window = int(hits[len(hits) // 2]) if len(hits) else 0
+    lines = [("last chunk read", demo.payload.text(int(rows[window, -2])) or "")]
+    for rank, row in enumerate(found.ids[window], start=1):
+        mark = ", the true next chunk" if row == demo.payload.groups[rows[window, -1]] else ""
+        lines.append((f"retrieved {rank}{mark}", demo.payload.text(int(row)) or ""))
+    return lines
+
+
+def places(out: Path) -> list[tuple[Path, str]]:
+    """What lies where."""
+    return [
+        (out / "windows.npz", "windows: rows of the sample payload, split by article"),
+        (out / "run", "checkpoints, the space and history.json"),
+        (out / "index", "the FAISS index over the payload in that space"),
+        (out / "artifact", "what fastlvm.Predictor.load takes; no torch needed"),
+        (out / "report.json", "every figure above with its interval"),
+        (out / "report.png", "the chart"),
+    ]
+
+
+def _forget(*folders: Path) -> None:
+    """Remove what is derived from the run and made anew every time."""
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)

@@ -1,0 +1,115 @@
+"""What takes several rooms at once: evaluating runs and artifacts side by side, and describing the machine."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastlvm.errors import FastlvmError, InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from fastlvm.data import Payload, Windows
+    from fastlvm.evaluation import Ranker, Report
+    from fastlvm.predictor import Predictor
+
+LATENCY_CONTEXTS = 500
+
+
+def model_name(path: Path, among: Sequence[Path]) -> str:
+    """How a report calls the model of a folder: its name, its path where two have the same name."""
+    same = [other for other in among if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 else str(path)
+
+
+def _open(path: Path, name: str, payload: Payload) -> tuple[Ranker, Predictor | None]:
+    """A run or an artifact as something to rank; an artifact's predictor beside it."""
+    from fastlvm.evaluation import Ranker
+
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: name a run or an artifact")
+    if (path / "golden.npz").exists():
+        from fastlvm.predictor import Predictor
+
+        predictor = Predictor.load(path)
+        _same_payload(path, predictor.payload_id, payload)
+        return Ranker(name, predictor.predict, predictor.index.space), predictor
+    from fastlvm.training import load_run, predict_with
+
+    model, config, space = load_run(path)
+    _same_payload(path, config["payload_id"], payload)
+    predict = predict_with(model)
+    return Ranker(name, lambda context: predict(space.apply(context)), space), None
+
+
+def _same_payload(path: Path, found: str, payload: Payload) -> None:
+    if found != payload.id:
+        raise IntegrityError(f"{path} belongs to payload {found}, and {payload.path} is {payload.id}: name its own")
+
+
+def evaluate_paths(
+    paths: Sequence[Path],
+    payload: Payload,
+    windows: Windows,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Evaluate runs and artifacts beside the baselines; for artifacts also the time one query takes, batch 1."""
+    from fastlvm import get_num_threads
+    from fastlvm.evaluation import evaluate, measure_retrieval
+
+    opened = [_open(path, model_name(path, paths), payload) for path in paths]
+    rankers = [ranker for ranker, _ in opened]
+    report = evaluate(rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, progress=say)
+    contexts = payload.take(windows.rows(split)[:LATENCY_CONTEXTS, :-1])
+    for ranker, predictor in opened:
+        if predictor is not None:
+            say(f"timing {ranker.name}")
+            search = functools.partial(predictor.index.search, k=50)
+            report.latency[ranker.name] = measure_retrieval(
+                predictor.predict, search, contexts, threads=get_num_threads()
+            )
+    return report
+
+
+def write_report(report: Report, out: Path, say: Callable[[str], None]) -> None:
+    """report.json and, with matplotlib, report.png in folder `out`."""
+    report.write(out / "report.json")
+    say(f"{out / 'report.json'} written")
+    try:
+        report.plot(out / "report.png")
+        say(f"{out / 'report.png'} written")
+    except FastlvmError as error:
+        say(f"no chart: {error}")
+
+
+def machine_info() -> list[tuple[str, str]]:
+    """Versions, instruction sets and threads, as (name, value) lines."""
+    import platform
+    from importlib import metadata
+
+    import fastlvm
+    from fastlvm import _C
+    from fastlvm.evaluation.latency import machine
+
+    lines = [("fastlvm", fastlvm.__version__), ("python", platform.python_version()), ("machine", machine())]
+    lines.append(("instruction set", f"{_C.isa()} (this machine can run {', '.join(_C.isas())})"))
+    lines.append(("threads", str(fastlvm.get_num_threads())))
+    for package in ("numpy", "faiss-cpu", "torch", "triton", "mlx"):
+        try:
+            lines.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    u, matrix, state = np.zeros((1, 2, 3), np.float32), np.zeros((1, 4, 3), np.float32), np.zeros((2, 4), np.float32)
+    for verdict in fastlvm.explain("ssm_scan", u, u, state, matrix, matrix):
+        lines.append((f"ssm_scan {verdict.backend}", f"{'yes' if verdict.ok else 'no'}, {verdict.reason}"))
+    lines.append(("charts", "yes" if importlib.util.find_spec("matplotlib") else "no, pip install 'fastlvm[plot]'"))
+    return lines
