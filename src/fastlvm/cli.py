@@ -56,8 +56,8 @@ def _print_payload(payload: Any) -> None:
 
 @command(payload_app, "build", "fastlvm payload build --vectors v.npy --keys k.npy --encoder gtr-t5-base --out payload")
 def payload_build(
-    vectors: Annotated[Path, typer.Option(help="float16 or float32 .npy, [rows, dim]")],
-    keys: Annotated[Path, typer.Option(help="integer .npy, [rows, 2]: article, chunk")],
+    vectors: Annotated[Path, typer.Option(help="float .npy of rows x dim")],
+    keys: Annotated[Path, typer.Option(help="integer .npy of rows x 2: article, chunk")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     encoder: Annotated[str, typer.Option(help="name of the encoder that made the vectors")],
     texts: Annotated[Path | None, typer.Option(help=".parquet, .jsonl or .jsonl.gz with a text column")] = None,
@@ -280,7 +280,7 @@ def export(
 @command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --json")
 def predict(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
-    context: Annotated[Path, typer.Option(help="float .npy, [5, dim] or [n, 5, dim], oldest chunk first")],
+    context: Annotated[Path, typer.Option(help="float .npy of 5 x dim or n x 5 x dim, oldest first")],
     k: Annotated[int, typer.Option("-k", help="chunks to list")] = 50,
     keep_context: Annotated[bool, typer.Option("--keep-context", help="list the context's own chunks too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a context")] = False,
@@ -300,7 +300,7 @@ def info() -> None:
     from fastlvm import workflow
 
     for name, value in workflow.machine_info():
-        typer.echo(f"{name:<16}{value}")
+        typer.echo(f"{name:<20}{value}")
 
 
 @command(app, "demo", "fastlvm demo --out demo")
