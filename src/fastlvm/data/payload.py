@@ -210,7 +210,7 @@ class Payload:
         """Read everything: every vector, every key, every text, every hash. Raises IntegrityError."""
         lengths = table.norms(self.vectors.view(np.ndarray))
         file = self.path / VECTORS
-        bad = np.asarray(~np.isfinite(lengths) | (lengths == 0))
+        bad: np.ndarray = ~np.isfinite(lengths) | (lengths == 0)
         if self.provenance.norm == "l2_once":
             bad |= ~(np.abs(lengths - 1) <= 2 * table.TOLERANCE[self.provenance.dtype])
         if bad.any():

@@ -244,8 +244,8 @@ def _check_by_key(pieces: Iterator[np.ndarray], rows: np.ndarray, payload: Paylo
     unknown = int(np.count_nonzero((rows < 0).any(axis=1)))
     raise IntegrityError(
         f"{path} does not come from payload {payload.path}: {np.count_nonzero(~good)} of {len(rows)} windows hold "
-        f"other vectors than their truth keys stand for (first: window {int(np.argmin(good))}; {unknown} with keys that "
-        f"the payload has not); target cosine {np.nan_to_num(cosines[:, -1]).mean():.4f}, context cosine "
+        f"other vectors than their truth keys stand for (first: window {int(np.argmin(good))}; {unknown} with keys "
+        f"that the payload has not); target cosine {np.nan_to_num(cosines[:, -1]).mean():.4f}, context cosine "
         f"{np.nan_to_num(cosines[:, :-1]).mean():.4f} (random pairs {random_pair_cosine(payload):.4f}), wants ≥ "
         f"{SAME}: the keys are wrong, or the payload is another one"
     )
