@@ -22,7 +22,7 @@ ARROWS = {
     "retrieval": {"data"},
     "evaluation": {"retrieval", "data"},
     "training": {"models", "evaluation", "data", "retrieval"},
-    "predictor": {"retrieval", "data"},
+    "predictor": {"ops", "retrieval", "data"},  # the ops' numpy side, which is where csrc is reached
     "compat": {"ops", "models"},
 }
 EVERYBODY = {"errors", "files", "_C", "__version__"}
@@ -49,6 +49,24 @@ def test_naming_an_op_imports_no_framework():
     names = "fastlvm.ssm_scan, fastlvm.causal_conv1d, fastlvm.explain, fastlvm.set_num_threads, fastlvm.get_num_threads"
     code = f"import fastlvm, sys; {names}; print([m for m in {HEAVY!r} if m in sys.modules])"
     assert _fresh(code) == "[]"
+
+
+def test_no_public_name_imports_a_framework():
+    code = (
+        f"import fastlvm, sys; [getattr(fastlvm, name) for name in fastlvm._HOME]; import fastlvm.evaluation, fastlvm.cli;"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    assert _fresh(code) == "[]"
+
+
+def test_the_first_tensor_does_not_load_the_compiler():
+    """torch._dynamo takes seconds to import; only torch.compile should pay for it."""
+    code = (
+        "import sys, torch, fastlvm; u = torch.ones(1, 2, 3, requires_grad=True); A = -torch.ones(2, 4);"
+        "fastlvm.causal_conv1d(fastlvm.ssm_scan(u, u, A, A, A), A).sum().backward();"
+        "print(u.grad is not None, 'torch._dynamo' in sys.modules)"
+    )
+    assert _fresh(code) == "True False"
 
 
 def test_an_unknown_name_is_an_attribute_error():

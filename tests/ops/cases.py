@@ -72,12 +72,11 @@ def _scans() -> list[Scan]:
     ]
     cases += [Scan(options=o) for o in [(), *((name,) for name in ALL)]]
     cases += [Scan(options=tuple(o for o in ALL if o != name)) for name in ALL]
-    cases += [
-        Scan(batch=b, channels=d, state=n) for b, d, n in [(0, 4, 5), (2, 0, 5), (2, 4, 0), (1, 1, 1), (3, 17, 33)]
-    ]
+    sizes = [(0, 4, 5), (2, 0, 5), (2, 4, 0), (1, 1, 16), (1, 7, 1), (5, 1, 1), (3, 17, 33)]
+    cases += [Scan(batch=b, channels=d, state=n) for b, d, n in sizes]
     # Steps on both sides of the softplus threshold; a state that is gone, or kept whole, after one step.
     cases += [Scan(step=25.0, decay=1e-3), Scan(decay=200.0), Scan(decay=1e-7, length=64)]
-    cases += [Scan(batch=1, channels=2, state=128, length=257, B=1, C="dn", options=("z", "initial_state"))]
+    cases += [Scan(batch=1, channels=2, state=128, length=65, B=1, C="dn", options=("z", "initial_state"))]
     return list(dict.fromkeys(cases))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -127,8 +128,6 @@ def test_explain_takes_positional_arguments():
 
 
 def _python(code, **env):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
     )
@@ -145,12 +144,20 @@ def test_isa_is_pinned_by_the_environment_and_reported(isa):
     assert isa in result.stdout
 
 
-def test_an_isa_this_machine_lacks_is_named():
-    result = _python("from fastlvm import _C", FASTLVM_ISA="mmx")
-    assert result.returncode != 0
-    assert "FASTLVM_ISA" in result.stderr
-    assert "mmx" in result.stderr
-    assert "scalar" in result.stderr
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fastlvm.ssm_scan(u, u, A, A, A)",
+        "fastlvm.explain('ssm_scan', u, u, A, A, A)",
+    ],
+    ids=["op", "explain"],
+)
+def test_an_isa_this_machine_lacks_stops_the_call(call):
+    """No other backend and no other instruction set steps in."""
+    code = "import fastlvm, numpy as np; u = np.ones((1, 2, 3), np.float32); A = -np.ones((2, 4), np.float32)\n"
+    result = _python(code + call, FASTLVM_ISA="mmx")
+    assert result.returncode == 1
+    assert "ValueError: FASTLVM_ISA: got 'mmx', this machine can run scalar" in result.stderr
 
 
 def test_without_torch_numpy_runs_and_the_reference_says_no():

@@ -50,7 +50,7 @@ def test_numpy_matches_the_oracle(case, backend):
 
 # The tolerances of the peers' own tests: rtol, atol; 1e-3 for parameters, wider for dA and ddelta.
 HALF = {torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}
-HALF_CASES = [Scan(length=n, state=s, B=2) for n in (1, 5, 64) for s in (5, 16, 128)]
+HALF_CASES = [Scan(length=n, state=s, B=2) for n, s in [(1, 5), (5, 16), (5, 128), (33, 16)]]
 
 
 @pytest.mark.parametrize("weights", [torch.float32, None], ids=["float32-weights", "all-half"])

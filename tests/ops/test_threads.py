@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -76,8 +77,6 @@ def test_a_count_that_is_no_integer_is_refused(wrong, threads):
 
 
 def _run(code, **env):
-    import os
-
     result = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)],
         env={**os.environ, **env},
@@ -154,6 +153,6 @@ def test_leaves_quietly():
 def test_default_count_comes_from_the_environment_or_the_cores():
     code = "import fastlvm; print(fastlvm.get_num_threads())"
     assert int(_run(code, FASTLVM_NUM_THREADS="3")) == 3
-    if hasattr(__import__("os"), "sched_setaffinity"):
+    if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + code
         assert int(_run(pinned, FASTLVM_NUM_THREADS="")) == 1

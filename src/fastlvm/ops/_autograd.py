@@ -1,4 +1,4 @@
-"""What the torch custom ops share: gradient buffers for the extension, and the second derivative."""
+"""What the torch custom ops share: registration, gradient buffers for the extension, and the second derivative."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register the custom op `fastlvm::<name>` with its kernel, fake kernel and gradient, and return it.
+
+    Registered piece by piece because the decorator `torch.library.custom_op` loads all of torch._dynamo: seconds on the
+    first call, where these take milliseconds.
+    """
+    full = f"fastlvm::{name}"
+    torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(full, "cpu", cpu)
+    torch.library.register_fake(full, fake)
+    torch.library.register_autograd(full, backward, setup_context=setup_context)
+    return getattr(torch.ops.fastlvm, name).default
 
 
 def plain(x: Tensor | None) -> Tensor | None:

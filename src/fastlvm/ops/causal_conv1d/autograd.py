@@ -18,29 +18,19 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_sta
 _GRADS = "(" + ", ".join(["Tensor"] * 4) + ")"
 
 
-@torch.library.custom_op(
-    "fastlvm::causal_conv1d", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-)
-def causal_conv1d(x, weight, bias, silu, initial_state):
+def _conv(x, weight, bias, silu, initial_state):
     out, final_state = _outputs(x, weight)
     tensors = [_autograd.plain(t) for t in (x, weight, bias)]
     _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), out, final_state)
     return out, final_state
 
 
-@causal_conv1d.register_fake
 def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     # [B, D, L] laid out as x is, [B, D, W-1]
     return torch.empty_like(x), x.new_empty((*x.shape[:2], weight.shape[1] - 1))
 
 
-@torch.library.custom_op(
-    "fastlvm::causal_conv1d_bwd",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
-)
-def causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
+def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
     inputs = (x, weight, bias, initial_state)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
@@ -48,7 +38,6 @@ def causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial
     return _autograd.gradients(inputs, buffers)
 
 
-@causal_conv1d_bwd.register_fake
 def _fake_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
     return _autograd.fake_gradients((x, weight, bias, initial_state), wanted)
 
@@ -86,5 +75,19 @@ def _double_backward(ctx, *cotangents):
     return (*grads[:-1], None, grads[-1], None)
 
 
-causal_conv1d.register_autograd(_backward, setup_context=_save)
-causal_conv1d_bwd.register_autograd(_double_backward, setup_context=_save_bwd)
+causal_conv1d = _autograd.define(
+    "causal_conv1d",
+    f"({_INPUTS}) -> (Tensor, Tensor)",
+    cpu=_conv,
+    fake=_outputs,
+    setup_context=_save,
+    backward=_backward,
+)
+causal_conv1d_bwd = _autograd.define(
+    "causal_conv1d_bwd",
+    f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
+    cpu=_conv_bwd,
+    fake=_fake_bwd,
+    setup_context=_save_bwd,
+    backward=_double_backward,
+)

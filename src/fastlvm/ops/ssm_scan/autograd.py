@@ -21,29 +21,19 @@ _INPUTS = (
 _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
-@torch.library.custom_op(
-    "fastlvm::ssm_scan", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-)
-def ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
     out, final_state = _outputs(u, delta, A)
     tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
     _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, final_state)
     return out, final_state
 
 
-@ssm_scan.register_fake
 def _outputs(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     final_state = u.new_empty((*u.shape[:2], A.shape[1]), dtype=_autograd.state_dtype(u))
     return torch.empty_like(u), final_state  # [B, D, L] laid out as u is, [B, D, N]
 
 
-@torch.library.custom_op(
-    "fastlvm::ssm_scan_bwd",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
-)
-def ssm_scan_bwd(grad_out, grad_final_state, *args):
+def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
@@ -51,7 +41,6 @@ def ssm_scan_bwd(grad_out, grad_final_state, *args):
     return _autograd.gradients(inputs, buffers)
 
 
-@ssm_scan_bwd.register_fake
 def _fake_bwd(grad_out, grad_final_state, *args):
     inputs, _, wanted = _split(args)
     return _autograd.fake_gradients(inputs, wanted)
@@ -97,5 +86,19 @@ def _double_backward(ctx, *cotangents):
     return (*grads[:-1], None, grads[-1], None)
 
 
-ssm_scan.register_autograd(_backward, setup_context=_save)
-ssm_scan_bwd.register_autograd(_double_backward, setup_context=_save_bwd)
+ssm_scan = _autograd.define(
+    "ssm_scan",
+    f"({_INPUTS}) -> (Tensor, Tensor)",
+    cpu=_scan,
+    fake=_outputs,
+    setup_context=_save,
+    backward=_backward,
+)
+ssm_scan_bwd = _autograd.define(
+    "ssm_scan_bwd",
+    f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
+    cpu=_scan_bwd,
+    fake=_fake_bwd,
+    setup_context=_save_bwd,
+    backward=_double_backward,
+)
