@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ def _temporary(target: Path) -> Path:
 
 
 def _alive(pid: int) -> bool:
+    if os.name == "nt":  # signal 0 is Ctrl-C there
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -41,7 +44,7 @@ def _remove(path: Path) -> None:
 
 def _clear_leftovers(target: Path) -> None:
     """Remove temporaries of `target` whose writer is gone."""
-    for left in target.parent.glob(f".{target.name}.tmp-*"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         pid = left.name.rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):
             _remove(left)
@@ -107,7 +110,12 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             else:
                 _sync_folder(path)
         _sync_folder(temporary)
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            raise InputError(f"{target} was made by something else meanwhile: name another folder") from error
         _sync_folder(target.parent)
     finally:
         if temporary.exists():

@@ -191,10 +191,9 @@ class Payload:
         wanted = np.asarray(keys)
         if wanted.shape[-1:] != (2,) or wanted.dtype.kind not in "iu":
             raise InputError(f"keys have shape {wanted.shape} and dtype {wanted.dtype}, and want integers [..., 2]")
-        inside = ((wanted >= 0) & (wanted <= np.iinfo(np.int32).max)).all(axis=-1)
+        inside = np.asarray(((wanted >= 0) & (wanted <= np.iinfo(np.int32).max)).all(axis=-1))
         codes = table.codes(np.where(inside[..., None], wanted, 0))
-        rows = np.searchsorted(self._codes, codes)
-        rows[rows == len(self)] = 0
+        rows = np.minimum(np.searchsorted(self._codes, codes), len(self) - 1)
         return np.where(inside & (self._codes[rows] == codes), rows, -1)
 
     def take(self, rows: Any) -> np.ndarray:
@@ -210,7 +209,7 @@ class Payload:
         """Read everything: every vector, every key, every text, every hash. Raises IntegrityError."""
         lengths = table.norms(self.vectors.view(np.ndarray))
         file = self.path / VECTORS
-        bad: np.ndarray = ~np.isfinite(lengths) | (lengths == 0)
+        bad = ~np.isfinite(lengths) | (lengths == 0)
         if self.provenance.norm == "l2_once":
             bad |= ~(np.abs(lengths - 1) <= 2 * table.TOLERANCE[self.provenance.dtype])
         if bad.any():
