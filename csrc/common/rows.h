@@ -49,6 +49,12 @@ inline void parallel(int64_t count, bool worth_sharing, F f) {
   for (int64_t i = 0; i < count; ++i) f(i);
 }
 
+// f(i, n) for every vector of n <= V::width elements from i on.
+template <class V, class F>
+inline void vectors(int64_t count, F f) {
+  for (int64_t i = 0; i < count; i += V::width) f(i, static_cast<int>(smaller(V::width, count - i)));
+}
+
 // --- 16-bit formats
 
 inline float from_bf16(uint16_t x) {
@@ -120,6 +126,17 @@ inline T element(const TensorView& view, int64_t offset) {
       break;
   }
   return T(0);
+}
+
+// Element i of a vector, 0 if it was not given.
+template <class T>
+inline T optional_element(const TensorView& view, int64_t i) {
+  return given(view) ? element<T>(view, i * view.stride[0]) : T(0);
+}
+
+template <class T>
+inline void copy(T* out, const T* in, int64_t count) {
+  if (count > 0) memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
 }
 
 template <class T, class From, class Convert>

@@ -46,6 +46,10 @@ class Block {
  public:
   using T = typename V::scalar;
 
+  // Channels whose rows over time are held at once, one after the other, so that elementwise work fills its vectors
+  // however short the sequence is.
+  static constexpr int64_t panel = 16;
+
   Block(const SsmScan& args, const Geometry& geometry, int64_t task)
       : args_(args),
         padded_(geometry.padded),
@@ -57,7 +61,7 @@ class Block {
         A_(count_ * padded_),
         B_(args.B, geometry, count_),
         C_(args.C, geometry, count_),
-        rows_(6 * chunk_) {
+        rows_(6 * panel * chunk_) {
     for (int64_t c = 0; c < count_; ++c) read_state_row(A_ + c * padded_, args.A, first_ + c, 0);
     if (per_channel(args.B)) read_constant(B_, args.B);
     if (per_channel(args.C)) read_constant(C_, args.C);
@@ -77,21 +81,28 @@ class Block {
     read_varying(C_, args_.C, begin, length);
   }
 
-  // u, delta, δ and δ u of channel c.
-  void read_channel(int64_t c, int64_t begin, int64_t length) {
-    read_time_row(u(), args_.u, c, begin, length);
-    read_time_row(raw_delta(), args_.delta, c, begin, length);
-    const int64_t d = first_ + c;
-    const V bias =
-        V::set1(given(args_.delta_bias) ? element<T>(args_.delta_bias, d * args_.delta_bias.stride[0]) : T(0));
-    for (int64_t i = 0; i < length; i += V::width) {
-      const int n = static_cast<int>(smaller(V::width, length - i));
-      const V raw = V::load_first(raw_delta() + i, n) + bias;
+  // u, delta, δ and δ u of channels [c, c + channels), as rows [channels, length].
+  void read_panel(int64_t c, int64_t channels, int64_t begin, int64_t length) {
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t d = first_ + c + i;
+      T* const raw = raw_delta() + i * length;
+      read_time_row(u() + i * length, args_.u, c + i, begin, length);
+      read_time_row(raw, args_.delta, c + i, begin, length);
+      const T bias = optional_element<T>(args_.delta_bias, d);
+      for (int64_t t = 0; t < length; ++t) raw[t] += bias;
+    }
+    vectors<V>(channels * length, [&](int64_t i, int n) {
+      const V raw = V::load_first(raw_delta() + i, n);
       const V step = args_.delta_softplus ? softplus(raw) : raw;
-      raw.store_first(raw_delta() + i, n);
       step.store_first(delta() + i, n);
       (step * V::load_first(u() + i, n)).store_first(input() + i, n);
-    }
+    });
+  }
+
+  // Rows [channels, length] of an array [B, D, L].
+  void read_time_rows(T* out, const TensorView& view, int64_t c, int64_t channels, int64_t begin,
+                      int64_t length) const {
+    for (int64_t i = 0; i < channels; ++i) read_time_row(out + i * length, view, c + i, begin, length);
   }
 
   void read_time_row(T* out, const TensorView& view, int64_t c, int64_t begin, int64_t length) const {
@@ -110,11 +121,11 @@ class Block {
   }
 
   T* u() const { return rows_.get(); }
-  T* raw_delta() const { return rows_ + chunk_; }  // with the bias, before softplus
-  T* delta() const { return rows_ + 2 * chunk_; }
-  T* input() const { return rows_ + 3 * chunk_; }  // δ u
-  T* y() const { return rows_ + 4 * chunk_; }
-  T* z() const { return rows_ + 5 * chunk_; }
+  T* raw_delta() const { return rows_ + panel * chunk_; }  // with the bias, before softplus
+  T* delta() const { return rows_ + 2 * panel * chunk_; }
+  T* input() const { return rows_ + 3 * panel * chunk_; }  // δ u
+  T* y() const { return rows_ + 4 * panel * chunk_; }
+  T* z() const { return rows_ + 5 * panel * chunk_; }
   const T* A(int64_t c) const { return A_ + c * padded_; }
 
   // Row t of a chunk is row(c) + t * pitch.
@@ -173,40 +184,52 @@ class Block {
   Buffer<T> rows_;
 };
 
-// One channel over `length` steps: advances `state` and leaves C_t · h_t in block.y(). The states before the first step
-// are taken as zero, whatever `state` holds, if `from_zero`.
+// One step of one channel: advances `state` [N, padded] and returns C · h. From_zero: the state before is zero,
+// whatever `state` holds, and needs no exponentials.
+template <class V, bool From_zero>
+inline typename V::scalar advance(const typename V::scalar* A, const typename V::scalar* B, const typename V::scalar* C,
+                                  typename V::scalar* state, int64_t N, typename V::scalar delta,
+                                  typename V::scalar input) {
+  const V d = V::set1(delta), u = V::set1(input);
+  const auto next = [&](int64_t n) {
+    const V in = u * V::load(B + n);
+    if constexpr (From_zero) return in;
+    return step(d * V::load(A + n), V::load(state + n), in).state;
+  };
+  V y = V::zero();
+  int64_t n = 0;
+  for (; n + V::width <= N; n += V::width) {
+    const V h = next(n);
+    h.store(state + n);
+    y = V::fma(V::load(C + n), h, y);
+  }
+  if (n < N) {
+    const V h = V::first(next(n), static_cast<int>(N - n));
+    h.store(state + n);
+    y = V::fma(V::load(C + n), h, y);
+  }
+  return V::sum(y);
+}
+
+// One channel, of row `row` in the block's panel, over `length` steps: advances `state` and leaves C_t · h_t in
+// block.y().
 template <class V>
-inline void scan_channel(const Block<V>& block, int64_t c, typename V::scalar* state, int64_t N, int64_t length,
-                         bool from_zero) {
+inline void scan_channel(const Block<V>& block, int64_t c, int64_t row, typename V::scalar* state, int64_t N,
+                         int64_t length, bool from_zero) {
   using T = typename V::scalar;
-  const int64_t whole = N / V::width * V::width;
-  const int rest = static_cast<int>(N - whole);
   const T* const A = block.A(c);
   const T* B = block.B().row(c);
   const T* C = block.C().row(c);
+  const T *const delta = block.delta() + row * length, *const input = block.input() + row * length;
+  T* const y = block.y() + row * length;
   for (int64_t t = 0; t < length; ++t, B += block.B().pitch, C += block.C().pitch) {
-    const V delta = V::set1(block.delta()[t]), input = V::set1(block.input()[t]);
-    const bool fresh = from_zero && t == 0;
-    const auto advance = [&](int64_t n) {
-      const V in = input * V::load(B + n);
-      return fresh ? in : step(delta * V::load(A + n), V::load(state + n), in).state;
-    };
-    V y = V::zero();
-    for (int64_t n = 0; n < whole; n += V::width) {
-      const V h = advance(n);
-      h.store(state + n);
-      y = V::fma(V::load(C + n), h, y);
-    }
-    if (rest) {
-      const V h = V::first(advance(whole), rest);
-      h.store(state + whole);
-      y = V::fma(V::load(C + whole), h, y);
-    }
-    block.y()[t] = V::sum(y);
+    y[t] = from_zero && t == 0 ? advance<V, true>(A, B, C, state, N, delta[t], input[t])
+                               : advance<V, false>(A, B, C, state, N, delta[t], input[t]);
   }
 }
 
-// A block over [begin, end): before_chunk(t), then emit(c, t, length) with the rows of channel c in place.
+// A block over [begin, end): before_chunk(t) with the states so far, then emit(c, channels, t, length) with the rows of
+// the panel that begins at channel c in place.
 template <class V, class BeforeChunk, class Emit>
 inline void scan_block(const SsmScan& args, Block<V>& block, typename V::scalar* states, int64_t begin, int64_t end,
                        BeforeChunk before_chunk, Emit emit) {
@@ -214,17 +237,40 @@ inline void scan_block(const SsmScan& args, Block<V>& block, typename V::scalar*
     const int64_t length = smaller(block.chunk(), end - t);
     before_chunk(t);
     block.read_projections(t, length);
-    for (int64_t c = 0; c < block.count(); ++c) {
-      block.read_channel(c, t, length);
-      scan_channel(block, c, states + c * block.padded(), args.state, length, block.from_zero(t));
-      emit(c, t, length);
+    for (int64_t c = 0; c < block.count(); c += block.panel) {
+      const int64_t channels = smaller(block.panel, block.count() - c);
+      block.read_panel(c, channels, t, length);
+      for (int64_t i = 0; i < channels; ++i)
+        scan_channel(block, c + i, i, states + (c + i) * block.padded(), args.state, length, block.from_zero(t));
+      emit(c, channels, t, length);
     }
   }
 }
 
-template <class T>
-inline void copy(T* out, const T* in, int64_t count) {
-  if (count > 0) memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
+// y += D u for a panel.
+template <class V>
+inline void add_skip(const SsmScan& args, const Block<V>& block, int64_t c, int64_t channels, int64_t length) {
+  if (!given(args.D)) return;
+  for (int64_t i = 0; i < channels; ++i) {
+    const auto skip = optional_element<typename V::scalar>(args.D, block.first() + c + i);
+    for (int64_t t = i * length; t < (i + 1) * length; ++t) block.y()[t] += skip * block.u()[t];
+  }
+}
+
+template <class V>
+inline void finish_panel(const SsmScan& args, const Block<V>& block, int64_t c, int64_t channels, int64_t begin,
+                         int64_t length) {
+  add_skip(args, block, c, channels, length);
+  if (given(args.z)) {
+    block.read_time_rows(block.z(), args.z, c, channels, begin, length);
+    vectors<V>(channels * length, [&](int64_t i, int n) {
+      (V::load_first(block.y() + i, n) * silu(V::load_first(block.z() + i, n))).store_first(block.y() + i, n);
+    });
+  }
+  const int64_t along_time = args.out.stride[2];
+  for (int64_t i = 0; i < channels; ++i)
+    write_row(block.y() + i * length, args.out,
+              offset_of(args.out, block.batch(), block.first() + c + i) + begin * along_time, along_time, length);
 }
 
 template <class V>
@@ -237,23 +283,6 @@ inline Geometry geometry_of(const SsmScan& args) {
   g.slices = 1;
   g.chunk = 1;
   return g;
-}
-
-template <class V>
-inline void finish_row(const SsmScan& args, const Block<V>& block, int64_t c, int64_t begin, int64_t length) {
-  using T = typename V::scalar;
-  const int64_t d = block.first() + c;
-  const V skip = V::set1(given(args.D) ? element<T>(args.D, d * args.D.stride[0]) : T(0));
-  if (given(args.z)) block.read_time_row(block.z(), args.z, c, begin, length);
-  for (int64_t i = 0; i < length; i += V::width) {
-    const int n = static_cast<int>(smaller(V::width, length - i));
-    V y = V::load_first(block.y() + i, n);
-    if (given(args.D)) y = V::fma(skip, V::load_first(block.u() + i, n), y);
-    if (given(args.z)) y = y * silu(V::load_first(block.z() + i, n));
-    y.store_first(block.y() + i, n);
-  }
-  write_row(block.y(), args.out, offset_of(args.out, block.batch(), d) + begin * args.out.stride[2], args.out.stride[2],
-            length);
 }
 
 template <class V>
@@ -272,7 +301,9 @@ inline void forward(const SsmScan& args) {
     if (given(args.initial_state)) block.read_initial(states.get());
     scan_block(
         args, block, states.get(), 0, args.length, [](int64_t) {},
-        [&](int64_t c, int64_t t, int64_t length) { finish_row(args, block, c, t, length); });
+        [&](int64_t c, int64_t channels, int64_t t, int64_t length) {
+          finish_panel(args, block, c, channels, t, length);
+        });
     if (!given(args.final_state)) return;
     T* out = static_cast<T*>(args.final_state.data) + (block.batch() * args.dim + block.first()) * args.state;
     for (int64_t c = 0; c < block.count(); ++c, out += args.state) copy(out, states + c * g.padded, args.state);

@@ -5,17 +5,17 @@
 
 namespace fastlvm::FASTLVM_ISA::ssm {
 
-// The states of one channel over a chunk: h [length + 1, padded] from the h[0] given, and a = exp(δ A) [length,
-// padded].
+// The states of channel c (row `row` of the panel) over a chunk: h [length + 1, padded] from the h[0] given, and a =
+// exp(δ A) [length, padded].
 template <class V>
-inline void scan_states(const Block<V>& block, int64_t c, typename V::scalar* h, typename V::scalar* a, int64_t N,
-                        int64_t length, bool from_zero) {
+inline void scan_states(const Block<V>& block, int64_t c, int64_t row, typename V::scalar* h, typename V::scalar* a,
+                        int64_t N, int64_t length, bool from_zero) {
   using T = typename V::scalar;
   const int64_t padded = block.padded();
   const T* const A = block.A(c);
   const T* B = block.B().row(c);
   for (int64_t t = 0; t < length; ++t, B += block.B().pitch, h += padded, a += padded) {
-    const V delta = V::set1(block.delta()[t]), input = V::set1(block.input()[t]);
+    const V delta = V::set1(block.delta()[row * length + t]), input = V::set1(block.input()[row * length + t]);
     for (int64_t n = 0; n < padded; n += V::width) {
       const int keep = static_cast<int>(smaller(V::width, N - n));
       const V in = input * V::load(B + n);
@@ -27,7 +27,7 @@ inline void scan_states(const Block<V>& block, int64_t c, typename V::scalar* h,
   }
 }
 
-// What the backward sweep of one channel reads and adds to; rows are [padded].
+// What the backward sweep of one channel reads and adds to; state rows are [padded], time rows [channels, length].
 template <class T>
 struct Sweep {
   const T *h, *a;  // from scan_states
@@ -35,12 +35,12 @@ struct Sweep {
   T* dA;           // added to
   T *dB, *dC;      // added to: row t is dB + t * dB_pitch
   int64_t dB_pitch, dC_pitch;
-  const T* grad_y;           // [length]
-  T *y, *along_B, *along_A;  // [length]: C·h, Σ_n g B, Σ_n g a h_{t-1} A
+  const T* grad_y;
+  T *y, *along_B, *along_A;  // C·h, Σ_n g B, Σ_n g a h_{t-1} A
 };
 
 template <class V>
-inline void sweep_channel(const Block<V>& block, int64_t c, const Sweep<typename V::scalar>& s, int64_t N,
+inline void sweep_channel(const Block<V>& block, int64_t c, int64_t row, const Sweep<typename V::scalar>& s, int64_t N,
                           int64_t length) {
   using T = typename V::scalar;
   const int64_t padded = block.padded();
@@ -50,7 +50,8 @@ inline void sweep_channel(const Block<V>& block, int64_t c, const Sweep<typename
     const T* const C = block.C().row(c) + t * block.C().pitch;
     const T *const before = s.h + t * padded, *const after = before + padded, *const decay = s.a + t * padded;
     T *const dB = s.dB + t * s.dB_pitch, *const dC = s.dC + t * s.dC_pitch;
-    const V grad_y = V::set1(s.grad_y[t]), delta = V::set1(block.delta()[t]), input = V::set1(block.input()[t]);
+    const int64_t at = row * length + t;
+    const V grad_y = V::set1(s.grad_y[at]), delta = V::set1(block.delta()[at]), input = V::set1(block.input()[at]);
     V y = V::zero(), along_B = V::zero(), along_A = V::zero();
     for (int64_t n = 0; n < padded; n += V::width) {
       const V h = V::load(after + n), a = V::load(decay + n), c_t = V::load(C + n);
@@ -66,9 +67,9 @@ inline void sweep_channel(const Block<V>& block, int64_t c, const Sweep<typename
       V::fma(delta, slope, V::load(s.dA + n)).store(s.dA + n);
       through.store(s.carry + n);
     }
-    s.y[t] = V::sum(y);
-    s.along_B[t] = V::sum(along_B);
-    s.along_A[t] = V::sum(along_A);
+    s.y[at] = V::sum(y);
+    s.along_B[at] = V::sum(along_B);
+    s.along_A[at] = V::sum(along_A);
   }
 }
 
@@ -152,7 +153,7 @@ class Backward {
       if (t > 0 && t % span_ == 0)
         copy(starts_ + (t / span_ - 1) * state_size_ + state_offset(block), states.get(), size);
     };
-    scan_block(in_, block, states.get(), 0, (spans_ - 1) * span_, keep, [](int64_t, int64_t, int64_t) {});
+    scan_block(in_, block, states.get(), 0, (spans_ - 1) * span_, keep, [](int64_t, int64_t, int64_t, int64_t) {});
     keep((spans_ - 1) * span_);
   }
 
@@ -167,33 +168,61 @@ class Backward {
       block.read_initial(states.get());
     const auto keep = [&](int64_t t) { copy(checkpoints + (t - begin) / g_.chunk * size, states.get(), size); };
     scan_block(in_, block, states.get(), begin, begin + (chunks - 1) * g_.chunk, keep,
-               [](int64_t, int64_t, int64_t) {});
+               [](int64_t, int64_t, int64_t, int64_t) {});
     keep(begin + (chunks - 1) * g_.chunk);
 
-    Buffer<T> h((g_.chunk + 1) * g_.padded), a(g_.chunk * g_.padded), sums(3 * g_.padded), rows(4 * g_.chunk);
+    Scratch scratch(g_);
     for (int64_t k = chunks - 1; k >= 0; --k) {
       const int64_t t = begin + k * g_.chunk, length = smaller(g_.chunk, end - t);
       block.read_projections(t, length);
       T* const dB = slice_rows(dB_slices_, task, t - begin, length);
       T* const dC = slice_rows(dC_slices_, task, t - begin, length);
-      for (int64_t c = 0; c < block.count(); ++c) {
-        const int64_t at = state_offset(block) + c * g_.padded;
-        copy(h.get(), checkpoints + k * size + c * g_.padded, g_.padded);
-        for (int64_t i = 0; i < 3 * g_.padded; ++i) sums[i] = T(0);
-        T *const dA = sums.get(), *const dB_c = sums + g_.padded, *const dC_c = sums + 2 * g_.padded;
-        block.read_channel(c, t, length);
-        scan_states(block, c, h.get(), a.get(), in_.state, length, block.from_zero(t));
-        Sweep<T> s{h.get(),        a.get(),        carry_ + at,         dA,
-                   dB ? dB : dB_c, dC ? dC : dC_c, dB ? g_.padded : 0,  dC ? g_.padded : 0,
-                   rows.get(),     block.y(),      rows + 2 * g_.chunk, rows + 3 * g_.chunk};
-        read_gradient(block, c, t, length, rows.get(), rows + g_.chunk);
-        sweep_channel(block, c, s, in_.state, length);
-        finish_rows(block, c, t, length, s, rows + g_.chunk);
-        add(dA_ + at, dA);
-        if (!dB) add(dB_ + at, dB_c);
-        if (!dC) add(dC_ + at, dC_c);
+      for (int64_t c = 0; c < block.count(); c += block.panel) {
+        const int64_t channels = smaller(block.panel, block.count() - c);
+        block.read_panel(c, channels, t, length);
+        read_gradient(block, scratch, c, channels, t, length);
+        for (int64_t i = 0; i < channels; ++i) {
+          copy(scratch.h.get(), checkpoints + k * size + (c + i) * g_.padded, g_.padded);
+          run_channel(block, scratch, c + i, i, t, length, dB, dC);
+        }
+        finish_panel(block, scratch, c, channels, t, length);
       }
     }
+  }
+
+  struct Scratch {
+    static constexpr int64_t panel = Block<V>::panel;
+    Buffer<T> h, a, sums;                              // [chunk + 1, padded], [chunk, padded], [3, padded]
+    Buffer<T> grad_y, grad_out, along_B, along_A, du;  // [panel, chunk]
+
+    explicit Scratch(const Geometry& g)
+        : h((g.chunk + 1) * g.padded),
+          a(g.chunk * g.padded),
+          sums(3 * g.padded),
+          grad_y(panel * g.chunk),
+          grad_out(panel * g.chunk),
+          along_B(panel * g.chunk),
+          along_A(panel * g.chunk),
+          du(panel * g.chunk) {}
+  };
+
+  // dB and dC are rows of the slice's partial sums, or null for a projection per channel.
+  void run_channel(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t row, int64_t t, int64_t length,
+                   T* dB, T* dC) {
+    const int64_t at = state_offset(block) + c * g_.padded;
+    T *const dA = scratch.sums.get(), *const dB_c = dA + g_.padded, *const dC_c = dB_c + g_.padded;
+    for (int64_t i = 0; i < 3 * g_.padded; ++i) dA[i] = T(0);
+    Sweep<T> s;
+    s.h = scratch.h.get(), s.a = scratch.a.get(), s.carry = carry_ + at, s.dA = dA;
+    s.dB = dB ? dB : dB_c, s.dB_pitch = dB ? g_.padded : 0;
+    s.dC = dC ? dC : dC_c, s.dC_pitch = dC ? g_.padded : 0;
+    s.grad_y = scratch.grad_y.get(), s.y = block.y(), s.along_B = scratch.along_B.get();
+    s.along_A = scratch.along_A.get();
+    scan_states(block, c, row, scratch.h.get(), scratch.a.get(), in_.state, length, block.from_zero(t));
+    sweep_channel(block, c, row, s, in_.state, length);
+    add(dA_ + at, dA);
+    if (!dB) add(dB_ + at, dB_c);
+    if (!dC) add(dC_ + at, dC_c);
   }
 
   // The rows of a task in a partial sum [tasks, span, padded], set to zero; null for a projection per channel.
@@ -208,55 +237,57 @@ class Backward {
     for (int64_t n = 0; n < g_.padded; n += V::width) (V::load(to + n) + V::load(from + n)).store(to + n);
   }
 
-  // The gradient of the result, and of the result before the gate.
-  void read_gradient(const Block<V>& block, int64_t c, int64_t t, int64_t length, T* grad_y, T* grad_out) {
-    if (given(args_.grad_out)) {
-      block.read_time_row(grad_out, args_.grad_out, c, t, length);
-    } else {
-      for (int64_t i = 0; i < length; ++i) grad_out[i] = T(0);
-    }
-    if (!given(in_.z)) return copy(grad_y, grad_out, length);
-    block.read_time_row(block.z(), in_.z, c, t, length);
-    for (int64_t i = 0; i < length; i += V::width) {
-      const int n = static_cast<int>(smaller(V::width, length - i));
-      (V::load_first(grad_out + i, n) * silu(V::load_first(block.z() + i, n))).store_first(grad_y + i, n);
-    }
+  // The gradients of the result and of the result before the gate.
+  void read_gradient(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t channels, int64_t t,
+                     int64_t length) {
+    block.read_time_rows(scratch.grad_out.get(), args_.grad_out, c, channels, t, length);
+    if (!given(in_.z)) return copy(scratch.grad_y.get(), scratch.grad_out.get(), channels * length);
+    block.read_time_rows(block.z(), in_.z, c, channels, t, length);
+    vectors<V>(channels * length, [&](int64_t i, int n) {
+      const V grad_y = V::load_first(scratch.grad_out + i, n) * silu(V::load_first(block.z() + i, n));
+      grad_y.store_first(scratch.grad_y + i, n);
+    });
   }
 
   // du, ddelta, dz and the sums over time of this chunk.
-  void finish_rows(const Block<V>& block, int64_t c, int64_t t, int64_t length, const Sweep<T>& s, const T* grad_out) {
-    const int64_t d = block.first() + c, row = block.batch() * in_.dim + d;
-    const T skip = given(in_.D) ? element<T>(in_.D, d * in_.D.stride[0]) : T(0);
-    T* const du = row_of(args_.du, row, t);
-    T* const ddelta = row_of(args_.ddelta, row, t);
-    T* const dz = row_of(args_.dz, row, t);
-    T* const slope = block.input();  // of softplus; δ u is not needed any more
-    for (int64_t i = 0; i < length; i += V::width) {
-      const int n = static_cast<int>(smaller(V::width, length - i));
-      const V raw = V::load_first(block.raw_delta() + i, n), u = V::load_first(block.u() + i, n);
-      const V delta = V::load_first(block.delta() + i, n), grad_y = V::load_first(s.grad_y + i, n);
-      const V along_B = V::load_first(s.along_B + i, n), one = V::set1(T(1));
-      V grad_delta = V::fma(u, along_B, V::load_first(s.along_A + i, n));
-      if (in_.delta_softplus) grad_delta = grad_delta * V::if_greater(raw, V::set1(T(20)), one, sigmoid(raw));
-      grad_delta.store_first(slope + i, n);
-      if (ddelta) grad_delta.store_first(ddelta + i, n);
-      if (du) V::fma(delta, along_B, V::set1(skip) * grad_y).store_first(du + i, n);
-      if (dz) {
-        const V y = V::fma(V::set1(skip), u, V::load_first(s.y + i, n));
-        (V::load_first(grad_out + i, n) * y * silu_slope(V::load_first(block.z() + i, n))).store_first(dz + i, n);
+  void finish_panel(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t channels, int64_t t,
+                    int64_t length) {
+    T* const ddelta = scratch.along_A.get();
+    T* const du = scratch.du.get();
+    T* const dz = block.y();
+    vectors<V>(channels * length, [&](int64_t i, int n) {
+      const V raw = V::load_first(block.raw_delta() + i, n), along_B = V::load_first(scratch.along_B + i, n);
+      V grad = V::fma(V::load_first(block.u() + i, n), along_B, V::load_first(ddelta + i, n));
+      if (in_.delta_softplus) grad = grad * V::if_greater(raw, V::set1(T(20)), V::set1(T(1)), sigmoid(raw));
+      grad.store_first(ddelta + i, n);
+      (V::load_first(block.delta() + i, n) * along_B).store_first(du + i, n);
+    });
+    add_skip(in_, block, c, channels, length);
+    if (given(args_.dz)) {
+      vectors<V>(channels * length, [&](int64_t i, int n) {
+        const V slope = silu_slope(V::load_first(block.z() + i, n));
+        (V::load_first(scratch.grad_out + i, n) * V::load_first(dz + i, n) * slope).store_first(dz + i, n);
+      });
+    }
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t d = block.first() + c + i, row = block.batch() * in_.dim + d, at = i * length;
+      const T skip = optional_element<T>(in_.D, d);
+      double sum_D = 0, sum_delta = 0;
+      for (int64_t s = at; s < at + length; ++s) {
+        du[s] += skip * scratch.grad_y[s];
+        sum_D += static_cast<double>(scratch.grad_y[s]) * static_cast<double>(block.u()[s]);
+        sum_delta += static_cast<double>(ddelta[s]);
       }
+      dD_[row] += sum_D;
+      ddelta_bias_[row] += sum_delta;
+      write_time_row(args_.du, row, t, du + at, length);
+      write_time_row(args_.ddelta, row, t, ddelta + at, length);
+      write_time_row(args_.dz, row, t, dz + at, length);
     }
-    double sum_D = 0, sum_delta = 0;
-    for (int64_t i = 0; i < length; ++i) {
-      sum_D += static_cast<double>(s.grad_y[i]) * static_cast<double>(block.u()[i]);
-      sum_delta += static_cast<double>(slope[i]);
-    }
-    dD_[row] += sum_D;
-    ddelta_bias_[row] += sum_delta;
   }
 
-  T* row_of(const TensorView& view, int64_t row, int64_t t) const {
-    return given(view) ? static_cast<T*>(view.data) + row * in_.length + t : nullptr;
+  void write_time_row(const TensorView& view, int64_t row, int64_t t, const T* from, int64_t length) const {
+    if (given(view)) copy(static_cast<T*>(view.data) + row * in_.length + t, from, length);
   }
 
   // [B, G, N, L] of one span, from the partial sums of the slices of the group.
@@ -267,9 +298,9 @@ class Backward {
     parallel(in_.batch * groups, share_, [&](int64_t bg) {
       Buffer<T> sum(g_.padded);
       for (int64_t t = 0; t < length; ++t) {
-        const T* part = slices + bg * parts * task_size + t * g_.padded;
-        copy(sum.get(), part, g_.padded);
-        for (int64_t p = 1; p < parts; ++p) add(sum.get(), part + p * task_size);
+        const T* const part = slices + bg * parts * task_size + t * g_.padded;
+        for (int64_t n = 0; n < g_.padded; ++n) sum[n] = T(0);
+        for (int64_t p = 0; p < parts; ++p) add(sum.get(), part + p * task_size);
         T* const to = static_cast<T*>(out.data) + bg * in_.state * in_.length + begin + t;
         for (int64_t n = 0; n < in_.state; ++n) to[n * in_.length] = sum[n];
       }
