@@ -11,7 +11,7 @@ import pytest
 from fastlvm.data import Payload, Windows
 
 
-def article_walks(articles=6, chunks=20, dim=32, seed=0, dtype=np.float32):
+def _article_walks(articles=6, chunks=20, dim=32, seed=0, dtype=np.float32):
     """Vectors [articles·chunks, dim] of length 1 and keys [.., 2]; neighbours of an article resemble each other."""
     rng = np.random.default_rng(seed)
     vectors = np.empty((articles, chunks, dim))
@@ -27,12 +27,18 @@ def article_walks(articles=6, chunks=20, dim=32, seed=0, dtype=np.float32):
 
 
 def make_payload(folder, articles=6, chunks=20, dim=32, seed=0, dtype=np.float32, name="payload", **options):
-    """Build a payload of `article_walks` with texts and titles in `folder`/`name`."""
-    vectors, keys = article_walks(articles, chunks, dim, seed, dtype)
+    """Build a payload of `article_walks` vectors with texts and titles in `folder`/`name`."""
+    vectors, keys = _article_walks(articles, chunks, dim, seed, dtype)
     options.setdefault("texts", [f"text of chunk {chunk} of article {article}" for article, chunk in keys])
     options.setdefault("titles", {article: f"article {article}" for article in range(articles)})
     options.setdefault("encoder", "test-encoder")
     return Payload.build(Path(folder) / name, vectors, keys, **options)
+
+
+@pytest.fixture(scope="session")
+def article_walks():
+    """article_walks(articles=, chunks=, dim=, seed=, dtype=) -> (vectors, keys)."""
+    return _article_walks
 
 
 @pytest.fixture

@@ -327,7 +327,7 @@ def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
         size = path.stat().st_size
-        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        wanted = 128 + int(np.prod(shape)) * np.dtype(dtype).itemsize  # the header takes 128
         if size < wanted:
             raise IntegrityError(f"{path} is truncated: {size} bytes, and {wanted} are wanted; {remedy}") from error
         raise IntegrityError(f"{path} is no array file that can be mapped: {remedy}") from error
