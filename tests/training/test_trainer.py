@@ -41,7 +41,17 @@ def test_files_and_history(run):
     assert {path.name for path in out.iterdir()} == names
     history = json.loads((out / "history.json").read_text())
     assert history == summary.history and [entry["epoch"] for entry in history] == [0, 1, 2, 3]
-    wanted = ["epoch", "train_loss", "train_infonce", "train_ar_cosine", "val_loss", "val_cosine", "val_r@5", "lr", "time"]
+    wanted = [
+        "epoch",
+        "train_loss",
+        "train_infonce",
+        "train_ar_cosine",
+        "val_loss",
+        "val_cosine",
+        "val_r@5",
+        "lr",
+        "time",
+    ]
     assert all(list(entry) == wanted for entry in history)
     assert history[0]["train_loss"] is None and history[1]["train_infonce"] > 0
     assert history[-1]["lr"] == pytest.approx(0.01 * TINY["lr"])
@@ -243,6 +253,8 @@ def test_decay_is_fitted_on_training_windows(tmp_path):
             chunks.append(mixed / np.linalg.norm(mixed) + 0.16 * rng.normal(size=64))
         vectors += [v / np.linalg.norm(v) for v in chunks]
         keys += [(article, chunk) for chunk in range(30)]
-    payload = Payload.build(tmp_path / "p", np.array(vectors, np.float32), np.array(keys, np.int32), encoder="synthetic")
+    payload = Payload.build(
+        tmp_path / "p", np.array(vectors, np.float32), np.array(keys, np.int32), encoder="synthetic"
+    )
     windows = Windows.build(payload, split=(0.8, 0.1, 0.1))
     assert 0.4 <= fit_decay(payload, windows, Space.identity(64), seed=0) <= 0.8

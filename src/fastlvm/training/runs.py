@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from fastlvm.data import Space
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_folder, read_json, sha256_json, write_json
+from fastlvm.files import atomic_folder, read_json, write_json
 from fastlvm.models import ModelConfig, create
 from fastlvm.training import checkpoint
 from fastlvm.training.options import TrainOptions, option_names
@@ -43,15 +42,6 @@ def request(
     return config, options, fit and config.residual
 
 
-def windows_id(windows: Windows) -> str:
-    """16 hex digits over the payload's id and the rows of every split."""
-    rows = {
-        split: hashlib.sha256(np.ascontiguousarray(windows.rows(split), dtype=np.int64).tobytes()).hexdigest()
-        for split in ("train", "validation", "test")
-    }
-    return sha256_json({"payload_id": windows.payload_id, "context": windows.context, "rows": rows})[:16]
-
-
 def open_run(
     out: str | os.PathLike[str],
     config: ModelConfig,
@@ -69,7 +59,7 @@ def open_run(
         "decay_fitted": fit,
         "training": options.to_dict(),
         "payload_id": payload.id,
-        "windows_id": windows_id(windows),
+        "windows_id": windows.id,
     }
     if out.is_dir() and any(out.iterdir()):
         if not resume:

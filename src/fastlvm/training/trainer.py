@@ -116,7 +116,7 @@ class Trainer:
         self.options = options = TrainOptions.from_dict(run["training"])
         self.progress, self.interrupt = progress, interrupt
         self.vectors = torch.from_numpy(space.apply(payload.take(np.arange(len(payload)))))  # float32 [N, dim]
-        self.groups = payload.groups
+        self.groups = np.array(payload.groups, dtype=np.int64)
         articles = torch.from_numpy(np.asarray(payload.keys[:, 0], dtype=np.int64))
         pool = torch.from_numpy(np.flatnonzero(np.isin(payload.keys[:, 0], windows.articles("train"))))
         self.rows = torch.from_numpy(np.asarray(windows.rows("train"), dtype=np.int64))  # [n, context + 1]
@@ -281,11 +281,13 @@ class Trainer:
         meta = {"config": self.identity, "state": dataclasses.asdict(self.state)}
         with self.interrupt.shielded():
             checkpoint.save(self.path / runs.LAST, tensors, meta)
-            self._write_derived()
+            self._write_derived(best=self.state.best_epoch == self.state.epoch)
 
-    def _write_derived(self) -> None:
+    def _write_derived(self, best: bool) -> None:
         state = self.state
         write_json(self.path / runs.HISTORY, state.history)
+        if not best:
+            return
         meta = {key: self.identity[key] for key in ("model", "payload_id", "windows_id", "space_id")}
         checkpoint.save(self.path / runs.BEST, self.best, {**meta, "epoch": state.best_epoch, "val_r@5": state.best_r5})
 
@@ -304,7 +306,7 @@ class Trainer:
         checkpoint.load_random(checkpoint.pick(tensors, "random"), self.augment.generator, path)
         self.state = State(**meta["state"])
         with self.interrupt.shielded():  # a kill may have come between the checkpoint and these
-            self._write_derived()
+            self._write_derived(best=True)
 
 
 def parameter_groups(names: dict[nn.Parameter, str], weight_decay: float) -> list[dict[str, Any]]:
