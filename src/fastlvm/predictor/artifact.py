@@ -149,8 +149,8 @@ def read_config(path: Path) -> dict[str, Any]:
     checksum = content.pop("checksum", None)
     if not _sums_to(content, checksum):
         raise IntegrityError(f"{file} is damaged, its checksum does not fit: export the artifact again")
-    if content.get("precision") not in TOLERANCE:
-        found = content.get("precision")
+    found = content.get("precision")
+    if not isinstance(found, str) or found not in TOLERANCE:
         raise InputError(
             f"{file} has precision {found!r}, and this version runs {', '.join(TOLERANCE)}: update fastlvm"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +76,9 @@ def export(
         raise InputError(f"index has dimension {found.dim}, and the model takes vectors of {config.vector_dim}")
 
     plan = Plan(describe(config), config.context, config.vector_dim)
-    weights = {name: np.array(tensor.float().cpu()) for name, tensor in source.model.state_dict().items()}
-    predict = _torch_predict(source.model)
+    model = copy.deepcopy(source.model).cpu().float().eval()
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    predict = _torch_predict(model)
     raw, origin = _golden_context(config, payload, windows)
     golden = artifact.Golden(raw, predict(found.space.apply(raw)))
 
@@ -153,10 +155,8 @@ def _same(source: _Source, what: str, got: str, wanted: str | None) -> None:
 
 
 def _check_windows(source: _Source, payload: Payload | None, windows: Windows) -> None:
-    from fastlvm.training.runs import windows_id
-
     _same(source, "windows' payload", windows.payload_id, source.payload_id)
-    _same(source, "windows", windows_id(windows), source.windows_id)
+    _same(source, "windows", windows.id, source.windows_id)
     if payload is not None:
         windows.verify(payload)
 
@@ -185,19 +185,12 @@ def _index(source: _Source, index: Any, payload: Payload | None) -> Index:
 
 
 def _torch_predict(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """The module's own forward on contexts in the space, in eval mode and float32."""
+    """The module's own forward on contexts in the space, in torch; the module is in eval mode, on the CPU, float32."""
     import torch
 
     def predict(context: np.ndarray) -> np.ndarray:
-        training = model.training
-        first = next(model.parameters())
-        model.eval()
-        try:
-            with torch.no_grad():
-                predicted = model(torch.from_numpy(context).to(first.device, first.dtype))
-        finally:
-            model.train(training)
-        return np.array(predicted.float().cpu())
+        with torch.no_grad():
+            return model(torch.from_numpy(context)).numpy()
 
     return predict
 

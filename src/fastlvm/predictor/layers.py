@@ -137,7 +137,8 @@ class MambaBlock(Layer):
     def step(self, weights: Weights) -> Step:
         inner, rank, state, eps = self.d_inner, self.dt_rank, self.d_state, np.float32(self.eps)
         w = {name[len(self.prefix) + 1 :]: weights[name] for name in self.tensors()}
-        A = -np.exp(w["A_log"])
+        with np.errstate(over="ignore"):  # a damaged weight is for the golden windows to find
+            A = -np.exp(w["A_log"])
 
         def run(h: np.ndarray, context: np.ndarray) -> np.ndarray:
             xz = _linear(_rms_norm(h, w["norm.weight"], eps), w["in_proj.weight"])  # [n, L, 2·d_inner]

@@ -90,7 +90,7 @@ class Predictor:
         n = len(moved)
         ids, scores, _ = self.index.search(moved.reshape(-1, self.dim), CANDIDATES)
         same = (scores >= MATCH) & (scores >= scores[:, :1] - TIE)
-        return np.where(same, ids, -1).reshape(n, -1)
+        return np.where(same, ids, -1).reshape(n, self.context * CANDIDATES)
 
     def _checked(self, context: Any) -> tuple[np.ndarray, bool]:
         """float32 [n, context, dim] of unit vectors, and whether a single context was given."""

@@ -1,0 +1,59 @@
+"""Collects bench_*.py, times calls with their percentiles, and says on which machine it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastlvm
+from fastlvm.evaluation.latency import machine
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    wanted = file_path.name.startswith("bench_") and file_path.suffix == ".py"
+    if wanted and not parent.session.isinitpath(file_path):  # one named on the command line is collected anyway
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """`timed(call, **sizes)`: benchmark `call()` and record P50, P95 and P99 beside the sizes and the threads.
+
+    once=True is for calls of seconds: one of them is timed, without a warm-up. Returns the last call's result.
+    """
+
+    def run(call: Callable[[], Any], once: bool = False, **sizes: Any) -> Any:
+        benchmark.extra_info.update(sizes, threads=fastlvm.get_num_threads(), machine=machine())
+        result = benchmark.pedantic(call, rounds=1) if once else benchmark(call)
+        if benchmark.stats is not None:
+            p50, p95, p99 = np.percentile(benchmark.stats.stats.data, [50, 95, 99]) * 1e3
+            figures = {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99)}
+            benchmark.extra_info.update(figures, calls=len(benchmark.stats.stats.data))
+            request.config.stash[ROWS].append({"name": request.node.name, **benchmark.extra_info})
+        return result
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("percentiles, milliseconds a call")
+    width = max(len(row["name"]) for row in rows)
+    terminalreporter.write_line(f"{'':<{width}}{'P50':>10}{'P95':>10}{'P99':>10}{'calls':>8}")
+    for row in rows:
+        figures = "".join(f"{row[name]:>10.3f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
+        terminalreporter.write_line(f"{row['name']:<{width}}{figures}{row['calls']:>8}")
+    terminalreporter.write_line(f"{rows[0]['machine']}; kernel threads: {rows[0]['threads']}")
