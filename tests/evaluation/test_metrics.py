@@ -73,6 +73,14 @@ def test_predicting_the_truth_ranks_it_first_and_its_opposite_last():
     assert (exact_ranks(-pool[truth], pool, truth) == 300).all()
 
 
+def test_a_truth_is_never_outranked_by_its_own_group():
+    """Not by rounding either: its score is summed in another order than the block's."""
+    rng = np.random.default_rng(8)
+    pool, truth = unit(rng, 8, 768), rng.integers(0, 8, 400)
+    ranks = rank_many([unit(rng, 400, 768)], pool, truth, None, np.zeros(8, int))[0]
+    assert (ranks.excluded == 1).all() and (ranks.included == 1).all()
+
+
 def test_a_context_row_that_wins_counts_unless_it_is_excluded():
     rng = np.random.default_rng(1)
     pool = unit(rng, 100, 256)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,11 +198,26 @@ def test_lists_for_the_size(rows, lists):
 
 
 def test_nprobe_is_the_smallest_that_reaches_the_recall(payload):
-    chosen = Index.build(payload, "ivf_flat", nlist=10)
-    assert 1 < chosen.nprobe < 10 and chosen.recall_at_50 >= build.RECALL
-    fewer = Index.build(payload, "ivf_flat", nlist=10, nprobe=chosen.nprobe - 1)
-    assert fewer.recall_at_50 < build.RECALL
+    for nlist in (5, 7, 9, 10):
+        chosen = Index.build(payload, "ivf_flat", nlist=nlist)
+        assert 1 < chosen.nprobe <= nlist and chosen.recall_at_50 >= build.RECALL
+        fewer = Index.build(payload, "ivf_flat", nlist=nlist, nprobe=chosen.nprobe - 1)
+        assert fewer.recall_at_50 < build.RECALL
     assert Index.build(payload, "ivf_flat", nlist=10, nprobe=10).recall_at_50 == 1
+
+
+@pytest.mark.parametrize("lists", [1, 2, 5, 16, 23])
+def test_the_search_for_nprobe_finds_every_answer(lists, monkeypatch):
+    for answer in range(1, lists + 1):
+        monkeypatch.setattr(build, "_recall", lambda index, q, t, nprobe, answer=answer: float(nprobe >= answer))
+        assert build._smallest_nprobe(SimpleNamespace(nlist=lists), None, None) == answer
+
+
+def test_one_probe_where_the_lists_lie_apart(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = np.repeat(np.eye(DIM)[:2], 100, axis=0)
+    apart = payload_of(tmp_path / "p", (centres + 0.01 * rng.standard_normal((200, DIM))).astype(np.float32))
+    assert Index.build(apart, "ivf_flat", nlist=2).nprobe == 1
 
 
 def test_the_recall_recorded_is_the_recall(payload):

@@ -91,12 +91,9 @@ def _blocks(payload: Payload, space: Space, rows: np.ndarray) -> Iterator[tuple[
 
 
 def _sample_queries(payload: Payload, space: Space, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means of two consecutive rows: like predictions, near the documents' vectors and not upon them. [q, dim]"""
-    position = rng.choice(len(rows), min(_SAMPLE_QUERIES, len(rows)), replace=False)
-    one = space.apply(payload.take(rows[position]))
-    two = space.apply(payload.take(rows[np.minimum(position + 1, len(rows) - 1)]))
-    mean = one + two
-    return np.ascontiguousarray(mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    """Indexed vectors themselves: harder than predictions, whose averages lie nearer to the centroids. [q, dim]"""
+    chosen = np.sort(rng.choice(rows, min(_SAMPLE_QUERIES, len(rows)), replace=False))
+    return np.ascontiguousarray(space.apply(payload.take(chosen)), dtype=np.float32)
 
 
 class _Nearest:

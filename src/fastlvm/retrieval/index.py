@@ -87,8 +87,8 @@ class Index:
 
         kind: "flat" (exact), "ivf_flat", or "auto": flat below 50,000 rows. nlist defaults to the largest power of two
         ≤ 4·√N (at least 39 rows a list); nprobe to the smallest at which recall@50 against exact search reaches 0.95 on
-        256 queries that are means of two consecutive rows. Both are recorded with the recall measured. The same
-        payload, space, options and seed give the same index.
+        256 of the indexed vectors. Both are recorded with the recall measured. The same payload, space, options and
+        seed give the same index.
 
         threads, if given, sets FAISS's thread count for the whole process.
         """
@@ -166,8 +166,6 @@ class Index:
         space = Space.load(path / "space.safetensors") if own_space else Space.identity(meta.dim)
         index = cls(faiss_index, keys, groups, space, meta, own_space)
         index._check_parts(path)
-        if meta.kind == "ivf_flat":
-            faiss_index.nprobe = meta.nprobe
         return index
 
     def _check_parts(self, path: Path) -> None:
@@ -180,7 +178,7 @@ class Index:
             and self._faiss.ntotal == len(self._rows)
             and self._faiss.metric_type == 0  # faiss.METRIC_INNER_PRODUCT
             and self.space.id == meta.space_id
-            and (meta.kind == "flat" or self._faiss.nlist == meta.nlist)
+            and (meta.kind == "flat" or (self._faiss.nlist, self._faiss.nprobe) == (meta.nlist, meta.nprobe))
         )
         if not fits:
             raise IntegrityError(f"{path} holds files of different indexes: build the index again")
