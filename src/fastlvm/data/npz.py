@@ -75,13 +75,13 @@ class Archive:
             raise InputError(f"{self.path} has no array {name!r}: it has {', '.join(sorted(self.names)) or 'none'}")
         return _Member(self, self._zip, self.names[name], name)
 
-    def array(self, name: str, objects: Callable[[IO[bytes], str], np.ndarray] | None = None) -> np.ndarray:
+    def array(self, name: str, objects: Callable[[IO[bytes], str, int], np.ndarray] | None = None) -> np.ndarray:
         """A whole member. objects: reads the pickle of an object array, which without it is refused."""
         with self._open(name) as (file, shape, fortran, dtype):
             if dtype.hasobject:
                 if objects is None:
                     raise InputError(f"{self.path} array {name!r} holds Python objects, which are not loaded")
-                values = objects(file, f"{self.path} array {name!r}")
+                values = objects(file, f"{self.path} array {name!r}", self.names[name].file_size)
                 if values.size != math.prod(shape):
                     raise IntegrityError(
                         f"{self.path} array {name!r} has {values.size} entries for shape {list(shape)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from typing import IO, Any
+from typing import IO, Any, ClassVar, cast
 
 import numpy as np
 
@@ -135,7 +135,30 @@ _ADMITTED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_OPCODES = """
+PROTO FRAME STOP MARK POP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
+NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 INT LONG LONG1 LONG4 FLOAT BINFLOAT
+BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+EMPTY_LIST APPEND APPENDS LIST EMPTY_DICT SETITEM SETITEMS DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+
+
+def _load_bytearray(reader: Any) -> None:
+    reader.append(reader.read(int.from_bytes(reader.read(8), "little")))
+
+
+class _Unpickler(pickle._Unpickler):
+    """The reader in Python, whose memo is a dict: the one in C allocates what a forged index asks for.
+
+    It knows only the opcodes of plain values and of numpy's arrays.
+    """
+
+    dispatch: ClassVar = {
+        **{code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())},
+        pickle.BYTEARRAY8[0]: _load_bytearray,  # the original makes room for what is claimed before it reads
+    }
+
     def __init__(self, file: IO[bytes], where: str) -> None:
         super().__init__(file)
         self._where = where
@@ -144,22 +167,37 @@ class _Unpickler(pickle.Unpickler):
         found = _ADMITTED.get((module, name))
         if found is None:
             raise InputError(
-                f"{self._where} names {module}.{name}, which its pickle could run: it was refused and nothing was run; "
-                "take the file from a source you trust"
+                f"{self._where} names {_short(module)}.{_short(name)}, which its pickle could run: it was refused and "
+                "nothing was run; take the file from a source you trust"
             )
         return found
 
-    def persistent_load(self, _: Any) -> Any:
-        raise pickle.UnpicklingError("a persistent id")
+
+def _short(name: str) -> str:
+    return str(name).encode("unicode_escape").decode()[:60]
 
 
-def read(file: IO[bytes], where: str) -> np.ndarray:
+class _Bounded:
+    """A stream that does not try to read more than the whole file holds."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._read, self._size = file.read, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise EOFError
+        return self._read(count)
+
+
+def read(file: IO[bytes], where: str, size: int) -> np.ndarray:
     """The object array whose pickle starts at the stream's position; its entries are plain values and `Array`s.
 
+    size: bytes in the stream at most.
     Raises InputError for a pickle that names anything but numpy's arrays, IntegrityError for a damaged one.
     """
     try:
-        found = _Unpickler(file, where).load()
+        found = _Unpickler(cast(Any, _Bounded(file, size)), where).load()
         array = found.value() if isinstance(found, Array) else None
     except InputError:
         raise
@@ -168,7 +206,7 @@ def read(file: IO[bytes], where: str) -> np.ndarray:
     except Exception as error:  # a hostile or damaged pickle can raise whatever its content leads to
         if "truncated" in str(error) or "exhausted" in str(error):
             raise IntegrityError(f"{where} is truncated: restore the file") from error
-        what = " ".join(str(error).split())[:120] or type(error).__name__
+        what = f"{type(error).__name__}: " + " ".join(str(error).split())[:120]
         raise IntegrityError(f"{where} holds a pickle that numpy would not have written ({what})") from error
     if array is None:
         raise InputError(f"{where} holds a pickled {type(found).__name__}, and an array is wanted")

@@ -57,7 +57,7 @@ def _read_dict(path: Path) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
             )
         if int(np.prod(shape)) != 1:
             raise InputError(f"{path} holds {list(shape)} objects, and one dict is wanted")
-        array = pickles.read(file, str(path))
+        array = pickles.read(file, str(path), path.stat().st_size)
     content = array.reshape(-1)[0] if array.size == 1 else None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds {type(content).__name__}, and a dict of rows that is not empty is wanted")

@@ -97,7 +97,7 @@ class Windows:
         fractions = check_fractions(split)
         keys = payload.keys.astype(np.int64)
         # Keys rise strictly, so a window is whole exactly when its ends are `context` chunks apart in one article.
-        first, last = keys[: len(keys) - context], keys[context:]
+        first, last = keys[: max(len(keys) - context, 0)], keys[context:]
         whole = (first[:, 0] == last[:, 0]) & (last[:, 1] - first[:, 1] == context)
         starts = np.flatnonzero(whole)
         if not len(starts):
