@@ -15,6 +15,7 @@ def ssm_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=
     """Output [B, D, L] and final state [B, D, N], channel by channel."""
     batch, channels, length = u.shape
     rows, states = [], []
+    Bs, Cs = (_by_channel_and_time(M, channels, batch, length) for M in (B, C))
     for d in range(channels):
         dt = delta[:, d] if delta_bias is None else delta[:, d] + delta_bias[d]  # [B, L]
         if delta_softplus:
@@ -23,8 +24,8 @@ def ssm_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=
         row = []
         for t in range(length):
             decay = torch.exp(torch.outer(dt[:, t], A[d]))
-            h = decay * h + torch.einsum("b,bn->bn", dt[:, t] * u[:, d, t], _at(B, d, t, channels, batch))
-            row.append(torch.einsum("bn,bn->b", h, _at(C, d, t, channels, batch)))
+            h = decay * h + torch.einsum("b,bn->bn", dt[:, t] * u[:, d, t], Bs[d][t])
+            row.append(torch.einsum("bn,bn->b", h, Cs[d][t]))
         y = torch.stack(row, dim=1) if row else u.new_zeros(batch, 0)
         if D is not None:
             y = y + u[:, d] * D[d]
@@ -37,13 +38,13 @@ def ssm_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=
     return torch.stack(rows, dim=1), torch.stack(states, dim=1)
 
 
-def _at(M, d, t, channels, batch):
-    """B or C of channel d at time t, [B, N]."""
+def _by_channel_and_time(M, channels, batch, length):
+    """B or C as lists [D][L] of [B, N]."""
     if M.ndim == 2:
-        return M[d].expand(batch, -1)
-    if M.ndim == 3:
-        return M[:, :, t]
-    return M[:, d * M.shape[1] // channels, :, t]
+        return [[M[d].expand(batch, -1)] * length for d in range(channels)]
+    groups = [M] if M.ndim == 3 else M.unbind(1)
+    rows = [group.unbind(-1) for group in groups]
+    return [rows[d * len(rows) // channels] for d in range(channels)]
 
 
 def _softplus(x):

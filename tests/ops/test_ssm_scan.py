@@ -26,6 +26,25 @@ def test_matches_the_oracle(case, backend):
     assert max(errors.values()) <= GRADIENT, errors
 
 
+def test_backward_in_several_spans(isa):
+    """So many states that the partial sums of dB and dC are kept for a part of the sequence at a time."""
+    case = Scan(batch=8, channels=8, state=300, length=257, B=8, C=8)
+    outputs, grads = gradients(fastlvm.ssm_scan, case, backend="cpu")
+    # The same in pieces, each in one span: gradients of the late piece flow into the early one through the state.
+    leaves = {k: v.requires_grad_() for k, v in case.inputs().items() if isinstance(v, torch.Tensor)}
+    state, parts = leaves["initial_state"], []
+    for span in (slice(0, 100), slice(100, 200), slice(200, None)):
+        timed = {k: leaves[k][..., span] for k in ("u", "delta", "B", "C", "z")}
+        args = {**leaves, **timed, "initial_state": state, "delta_softplus": True}
+        part, state = fastlvm.ssm_scan(**args, return_final_state=True, backend="cpu")
+        parts.append(part)
+    wants = (torch.cat(parts, dim=-1), state)
+    assert all(relative_error(got, want) <= 1e-6 for got, want in zip(outputs, wants, strict=True))
+    pieces = torch.autograd.grad(wants, list(leaves.values()), case.cotangents())
+    errors = {name: relative_error(grads[name], g) for name, g in zip(leaves, pieces, strict=True)}
+    assert max(errors.values()) <= 1e-5, errors
+
+
 @pytest.mark.parametrize("case", SCANS[::3], ids=str)
 def test_float64_is_exact(case, backend):
     (out, final), grads = gradients(fastlvm.ssm_scan, case, torch.float64, torch.float64, backend=backend)

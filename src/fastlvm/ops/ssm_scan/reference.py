@@ -62,18 +62,16 @@ def scan(
     if delta_softplus:
         step = F.softplus(step, threshold=20.0)
     A = A.to(dtype)
-    B = _per_channel(B.to(dtype), channels)  # [B or 1, D or 1, N, L or 1]
-    C = _per_channel(C.to(dtype), channels)
+    B = _per_channel(B.to(dtype), channels, length)  # [B or 1, D or 1, N, L]
+    C = _per_channel(C.to(dtype), channels, length)
 
     if initial_state is None:
         h = torch.zeros(batch, channels, A.shape[1], dtype=dtype, device=u.device)
     else:
         h = initial_state.to(dtype)
     ys = []
-    for t in range(length):
-        B_t, C_t = B[..., t % B.shape[-1]], C[..., t % C.shape[-1]]  # a constant B or C has one time step
-        step_t = step[:, :, t, None]
-        h = torch.exp(step_t * A) * h + step_t * B_t * x[:, :, t, None]  # [B, D, N]
+    for step_t, B_t, C_t, x_t in zip(*(M.unbind(-1) for M in (step[:, :, None], B, C, x[:, :, None])), strict=True):
+        h = torch.exp(step_t * A) * h + step_t * B_t * x_t  # [B, D, N]
         ys.append((h * C_t).sum(-1))
     y = torch.stack(ys, dim=-1) if ys else x.new_zeros(batch, channels, 0)
 
@@ -84,10 +82,10 @@ def scan(
     return y.to(u.dtype), h.clone() if h is initial_state else h
 
 
-def _per_channel(M: Tensor, channels: int) -> Tensor:
-    """B or C in any of its layouts as [B or 1, D or 1, N, L or 1]."""
+def _per_channel(M: Tensor, channels: int, length: int) -> Tensor:
+    """B or C in any of its layouts as [B or 1, D or 1, N, L]."""
     if M.ndim == 2:  # (D, N): constant in time
-        return M[None, :, :, None]
+        return M[None, :, :, None].expand(-1, -1, -1, length)
     if M.ndim == 3:  # (B, N, L): shared by all channels
         return M[:, None]
     return M.repeat_interleave(channels // max(M.shape[1], 1), dim=1)  # (B, G, N, L): a run of D / G channels a group
