@@ -29,6 +29,7 @@ def test_config_says_what_it_is(artifact, payload, space, windows, model):
     assert (config["format"], config["version"], config["precision"]) == ("fastlvm-artifact", 1, "fp32")
     assert config["tool"] == f"fastlvm {fastlvm.__version__}"
     assert (config["payload_id"], config["space_id"]) == (payload.id, space.id)
+    assert config["windows_id"] == windows.id
     assert config["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert [layer["type"] for layer in config["layers"]] == [
         "linear",

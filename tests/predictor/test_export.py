@@ -167,7 +167,7 @@ def test_a_model_with_weights_its_layers_do_not_name(tmp_path, index):
     model = make_model()
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan")
-    refused(IntegrityError, "head.weight holds NaN", tmp_path / "a", model, index=index)
+    refused(InputError, "the model cannot be packed: tensor head.weight holds NaN", tmp_path / "a", model, index=index)
 
 
 def test_a_forward_that_differs_from_the_model_is_refused(tmp_path, index, monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.predictor import artifact, layers
-from fastlvm.predictor.forward import Plan
+from fastlvm.predictor.forward import Forward, Plan
 from fastlvm.predictor.predictor import Predictor
 from fastlvm.retrieval import Index
 
@@ -78,6 +78,10 @@ def export(
     plan = Plan(describe(config), config.context, config.vector_dim)
     model = copy.deepcopy(source.model).cpu().float().eval()
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    try:
+        Forward(plan, weights)
+    except InputError as error:
+        raise InputError(f"{source.name} cannot be packed: {error}") from error
     predict = _torch_predict(model)
     raw, origin = _golden_context(config, payload, windows)
     golden = artifact.Golden(raw, predict(found.space.apply(raw)))
@@ -97,7 +101,7 @@ def export(
         "precision": precision,
         "model": config.name,
         "parameters": int(sum(array.size for array in weights.values())),
-        "windows_id": source.windows_id,
+        "windows_id": source.windows_id if windows is None else windows.id,
         "golden": {"windows": len(raw), "from": origin},
         "layers": [layers.write_layer(layer) for layer in plan.layers],
     }
