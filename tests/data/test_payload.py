@@ -78,11 +78,15 @@ def test_rows_are_scaled_once_and_unit_rows_keep_their_bits(tmp_path, walks):
     payload.verify()
 
 
-def test_half_precision_rows_at_length_one_keep_their_bits(tmp_path, article_walks):
-    vectors, keys = article_walks(articles=10, chunks=20, dim=768, dtype=np.float16)
+@pytest.mark.parametrize(("dtype", "off"), [(np.float16, 7e-4), (np.float32, 7e-6)])
+def test_rows_at_length_one_within_rounding_keep_their_bits(tmp_path, article_walks, dtype, off):
+    vectors, keys = article_walks(articles=2, chunks=20, dim=768)
+    vectors = (vectors * (1 + off)).astype(dtype)  # near enough to 1, and far enough to show a second scaling
+    assert not np.array_equal((vectors / (1 + off)).astype(dtype), vectors)
     payload = build(tmp_path, vectors, keys)
     assert payload.provenance.normalised == 0
-    np.testing.assert_array_equal(payload.vectors.view(np.uint16), vectors.view(np.uint16))
+    np.testing.assert_array_equal(payload.vectors.view(np.uint8), vectors.view(np.uint8))
+    payload.verify()
 
 
 def test_norms_outside_single_precision_survive(tmp_path, walks):

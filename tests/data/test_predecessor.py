@@ -223,6 +223,15 @@ def test_object_arrays_with_forged_content_are_refused():
             array(shape, spec, data).value()
 
 
+def test_the_reader_asks_for_no_more_than_there_is_and_for_no_other_type():
+    stream = pickles._Bounded(io.BytesIO(b"abc"), 3)
+    with pytest.raises(EOFError):
+        stream.read(4)
+    assert stream.read(3) == b"abc"
+    with pytest.raises(pickle.UnpicklingError, match="not numpy.ndarray"):
+        pickles._reconstruct(dict, (0,), b"b")
+
+
 def test_truncated_payloads_are_refused(tmp_path, old):
     content = old.read_bytes()
     for keep in range(0, len(content) - 1, len(content) // 40):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastlvm.data import Payload, Windows
@@ -86,6 +86,7 @@ PINNED = [1, 2, 1, 0, 0, 2, 1, 0, 0, 0, 0, 2]
 
 @settings(deadline=None)
 @given(st.integers(1, 200), st.lists(st.integers(0, 10), min_size=3, max_size=3).filter(lambda parts: sum(parts) > 0))
+@example(3, [10, 1, 10])
 def test_every_split_with_a_fraction_gets_an_article(articles, parts):
     fractions = tuple(part / sum(parts) for part in parts)
     counts = article_counts(articles, fractions)
@@ -285,6 +286,7 @@ def test_one_wrong_window_among_all_is_found(walk_payload, sample_windows):
         rows[171, column] = 3
         said = gate(remade(sample_windows, rows=rows), walk_payload, "1 of 180 windows")
         assert "window 171" in said
+        assert figure(said, "target cosine" if column == 5 else "context cosine") < 0.9999
 
 
 def test_rows_that_are_not_there_are_refused(walk_payload, sample_windows):
@@ -303,6 +305,16 @@ def test_windows_of_another_payload_are_refused(tmp_path, walk_payload, sample_w
     gate(remade(sample_windows, payload_id=other.id), walk_payload, "they carry payload id")
     smaller = payload_factory(articles=2, name="small")
     assert figure(gate(sample_windows, smaller, "they carry payload id"), "target cosine") < 0.999
+
+
+def test_vectors_that_are_no_numbers_are_refused(payload_factory):
+    payload = payload_factory()
+    windows = Windows.build(payload)
+    vectors = np.load(payload.path / "vectors.npy")
+    vectors[50] = np.nan
+    np.save(payload.path / "vectors.npy", vectors)
+    with pytest.raises(IntegrityError, match="hold other vectors than their keys stand for"):
+        windows.verify(Payload.open(payload.path), sample=None)
 
 
 def test_overlapping_articles_are_refused(walk_payload, sample_windows):
