@@ -63,6 +63,8 @@ def export(
         IntegrityError: index, payload, windows and run do not belong together, or the artifact does not reproduce the
             model's own predictions.
     """
+    from fastlvm.training import predict_with
+
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}, and this version packs {', '.join(PRECISIONS)}")
     source = _source(model_or_run)
@@ -82,7 +84,7 @@ def export(
         Forward(plan, weights)
     except InputError as error:
         raise InputError(f"{source.name} cannot be packed: {error}") from error
-    predict = _torch_predict(model)
+    predict = predict_with(model)
     raw, origin = _golden_context(config, payload, windows)
     golden = artifact.Golden(raw, predict(found.space.apply(raw)))
 
@@ -186,17 +188,6 @@ def _index(source: _Source, index: Any, payload: Payload | None) -> Index:
                 "fastlvm index build PAYLOAD --space RUN --out INDEX"
             )
     return index
-
-
-def _torch_predict(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """The module's own forward on contexts in the space, in torch; the module is in eval mode, on the CPU, float32."""
-    import torch
-
-    def predict(context: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.from_numpy(context)).numpy()
-
-    return predict
 
 
 def _golden_context(config: ModelConfig, payload: Payload | None, windows: Windows | None) -> tuple[np.ndarray, str]:

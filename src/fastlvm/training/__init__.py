@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastlvm.training.options import TrainOptions, learning_rate
-from fastlvm.training.runs import load_run
+from fastlvm.training.runs import load_run, predict_with
 from fastlvm.training.trainer import RunSummary, train
 
-__all__ = ["RunSummary", "TrainOptions", "learning_rate", "load_run", "train"]
+__all__ = ["RunSummary", "TrainOptions", "learning_rate", "load_run", "predict_with", "train"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fastlvm.data import Space
 from fastlvm.errors import InputError, IntegrityError
@@ -161,3 +163,16 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], S
             raise IntegrityError(f"{run / BEST} has {field} {meta.get(field)}, and {CONFIG} has {config[field]}")
     checkpoint.load_weights(model, tensors, run / BEST)
     return model.eval(), config, read_space(run, config)
+
+
+def predict_with(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The model's own forward as a function: contexts float32 [n, L, dim] in the space -> predictions float32 [n, dim].
+
+    `model` is in eval mode, on the CPU and in float32, as `load_run` gives it.
+    """
+
+    def predict(context: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(context)).numpy()
+
+    return predict
