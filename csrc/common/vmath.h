@@ -1,5 +1,8 @@
 // exp, softplus, sigmoid, SiLU and one step of the scan's recurrence, on the vectors of vec.h.
-// MEASURED
+//
+// Worst error against float64 in units in the last place: exp 0.99, softplus 2.7, sigmoid 2.3, SiLU 3.2 (where
+// exp(-|x|) is subnormal, |x| > 87, SiLU's error is below 1e-43 instead). Sampled, by tests/csrc/vmath_accuracy.cpp:
+// every 101st float for scalar, avx2 and avx512 on x86-64, every 1009th for neon under emulation.
 #pragma once
 
 #include "common/vec.h"
@@ -51,7 +54,8 @@ inline V softplus(V x) {
 
 template <class V>
 inline V sigmoid(V x) {
-  return V::set1(1.0f) / (V::set1(1.0f) + exp(V::zero() - x));
+  const V one = V::set1(1.0f), e = exp(V::zero() - V::abs(x));
+  return V::if_greater(V::zero(), x, e, one) / (one + e);
 }
 
 // The recurrence h' = exp(x) h + in. For small x it is h + (expm1(x) h + in): the factor's rounding error is then
