@@ -96,8 +96,8 @@ def test_rows_all_but_equal_to_a_context_vector_go_with_it(tmp_path):
     rng = np.random.default_rng(1)
     for row in range(0, 60, 3):
         vectors[200 + row] = vectors[row] + 1e-7 * rng.standard_normal(vectors.shape[1])
-        near = vectors[row] + 0.03 * rng.standard_normal(vectors.shape[1])
-        vectors[201 + row] = near / np.linalg.norm(near)  # a neighbour that is to stay
+        near = vectors[row] + 1e-3 * rng.standard_normal(vectors.shape[1])
+        vectors[201 + row] = near / np.linalg.norm(near)  # a match all the same, and yet another row: it is to stay
     keys = np.stack(np.divmod(np.arange(len(vectors)), CHUNKS), axis=1).astype(np.int32)
     payload = Payload.build(tmp_path / "p", vectors, keys, encoder="test")
     fastlvm.export(make_model(), tmp_path / "a", payload=payload)
