@@ -44,6 +44,9 @@ def test_mixture_weights_sum_to_one_and_refuse_a_long_context():
     mixture = build(decay=0.5).mixture
     torch.testing.assert_close(mixture.weights(5).sum(), torch.tensor(1.0))
     torch.testing.assert_close(mixture.weights(2), torch.tensor([1 / 3, 2 / 3]))
+    with torch.no_grad():
+        mixture.logits.copy_(torch.tensor([9.0, 9.0, 9.0, 0.0, 1.0]))
+    torch.testing.assert_close(mixture.weights(2), torch.tensor([0.0, 1.0]).softmax(0))  # the newest two
     with pytest.raises(InputError, match="holds 6 vectors"):
         mixture.weights(6)
 

@@ -97,6 +97,8 @@ def test_a_second_ctrl_c_while_saving_does_not_spoil_it(payload, windows, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         go(payload, windows, out, progress=at(2, 1, interrupt))
     monkeypatch.setattr(checkpoint, "save_file", written)
+    _, meta = checkpoint.load(out / "last.safetensors")
+    assert meta["state"]["step"] == -(-len(windows.rows("train")) // TINY["batch_size"]) + 1
     go(payload, windows, out, resume=True)
     assert content(out) == whole
 

@@ -12,7 +12,7 @@ from fastlvm.data import Windows
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.models import ModelConfig, create
-from fastlvm.training import load_run, train
+from fastlvm.training import checkpoint, load_run, train
 from fastlvm.training import trainer as trainer_module
 from fastlvm.training.objective import Batch, Objective
 from fastlvm.training.options import TrainOptions
@@ -94,6 +94,22 @@ def test_progress_is_told_every_step_and_epoch(run, windows):
     ]
     assert [c["entry"] for c in calls if c["entry"] is not None] == summary.history
     assert all(c["steps"] == steps and c["epochs"] == 3 for c in calls)
+
+
+def test_the_history_tells_the_mean_over_windows_and_dropout_is_off_in_validation(run, payload, windows):
+    out, summary, calls = run
+    n = len(windows.rows("train"))
+    last = [c for c in calls if c["epoch"] == 3 and c["entry"] is None]
+    sizes = [min(TINY["batch_size"], n - i) for i in range(0, n, TINY["batch_size"])]
+    mean = sum(c["loss"] * size for c, size in zip(last, sizes, strict=True)) / n
+    assert summary.history[3]["train_loss"] == pytest.approx(mean)
+    model, _, space = load_run(out)
+    model.load_state_dict(checkpoint.pick(checkpoint.load(out / "last.safetensors")[0], "model"))
+    rows = windows.rows("validation")
+    vectors = torch.from_numpy(space.apply(payload.take(rows)))
+    with torch.no_grad():
+        cosine = (model(vectors[:, :-1]) * vectors[:, -1]).sum(-1).mean().item()
+    assert summary.history[3]["val_cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_nothing_is_printed_and_the_callers_randomness_is_left(payload, windows, tmp_path, capfd):

@@ -41,7 +41,7 @@ class TrainOptions:
     space: str = "whiten"
     epochs: int = 20
     batch_size: int = 256
-    lr: float = 1e-3
+    lr: float = 1e-4
     weight_decay: float = 0.02
     warmup_steps: int = 100
     patience: int = 4

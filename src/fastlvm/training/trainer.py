@@ -85,14 +85,10 @@ def train(
     not come from the payload or a file is damaged; nothing is written then.
     """
     config, options, fit = runs.request(model, payload, windows, settings)
-    if windows.payload_id != payload.id:
-        raise IntegrityError(
-            f"the windows belong to payload {windows.payload_id}, and this one is {payload.id}: build them from it"
-        )
+    windows.verify(payload)  # payload ids, keys and vectors
     for split in ("train", "validation"):
         if len(windows.rows(split)) == 0:
             raise InputError(f"the {split} split holds no window: build the windows with a larger share for it")
-    windows.verify(payload)
     run, space = runs.open_run(out, config, options, fit, payload, windows, resume)
     with checkpoint.KeptRandom(), Interrupt() as interrupt:
         trainer = Trainer(Path(out), run, space, payload, windows, progress, interrupt)
