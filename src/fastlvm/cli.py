@@ -5,6 +5,8 @@ Exit codes: 0 ok, 1 a gate failed, 2 bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ import typer
 from fastlvm.console import (
     TrainingBar,
     command,
+    interrupted,
+    keep_apart,
     note,
     parse_settings,
     parse_split,
@@ -22,6 +26,9 @@ from fastlvm.console import (
     show,
     training_verdict,
 )
+from fastlvm.files import check_new_folder
+
+NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
 
 app = typer.Typer(
     name="fastlvm",
@@ -66,6 +73,7 @@ def payload_build(
     """Check, normalise and store vectors with their keys and provenance."""
     from fastlvm import Payload
 
+    check_new_folder(out)
     payload = Payload.build(
         out, read_array(vectors, "--vectors"), read_array(keys, "--keys"), texts=texts, encoder=encoder, source=source
     )
@@ -81,6 +89,7 @@ def payload_import(
     """Import a predecessor's payload; pickles are read by an unpickler that admits arrays and nothing else."""
     from fastlvm.data import import_payload
 
+    check_new_folder(out)
     _print_payload(import_payload(old, out, encoder=encoder))
 
 
@@ -137,6 +146,7 @@ def windows_import(
     """Match a predecessor's windows to payload rows; a set that does not come from the payload is refused."""
     from fastlvm import Payload, Windows
 
+    keep_apart(old, out)
     table = Payload.open(payload)
     windows = Windows.import_predecessor(old, table, split=parse_split(split), seed=seed)
     windows.save(out)
@@ -154,6 +164,7 @@ def windows_export(
     """Write one split in the predecessor's layout: vectors instead of rows."""
     from fastlvm import Payload, Windows
 
+    keep_apart(windows, out)
     table = Windows.open(windows)
     table.export_predecessor(out, Payload.open(payload), split)
     typer.echo(f"{len(table.rows(split))} windows written to {out}")
@@ -183,6 +194,7 @@ def index_build(
     """Build a FAISS index over every chunk of a payload."""
     from fastlvm import Index, Payload, Space
 
+    check_new_folder(out)
     moved = Space.load(space / "space.safetensors" if space.is_dir() else space) if space else None
     index = Index.build(Payload.open(payload), kind=kind, space=moved, nlist=nlist, nprobe=nprobe, seed=seed)
     index.save(out)
@@ -211,18 +223,22 @@ def train(
     from fastlvm import Payload, Windows, training
 
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "space": space}
-    settings = {**{key: value for key, value in given.items() if value is not None}, **parse_settings(setting or [])}
-    with TrainingBar() as bar:
-        summary = training.train(
-            model,
-            Payload.open(payload),
-            Windows.open(windows),
-            out,
-            objective=objective,
-            resume=resume,
-            progress=bar,
-            **settings,
-        )
+    settings = {key: value for key, value in given.items() if value is not None}
+    settings |= parse_settings(setting or [], taken={*NAMED, *settings})
+    try:
+        with TrainingBar() as bar:
+            summary = training.train(
+                model,
+                Payload.open(payload),
+                Windows.open(windows),
+                out,
+                objective=objective,
+                resume=resume,
+                progress=bar,
+                **settings,
+            )
+    except KeyboardInterrupt:
+        raise interrupted(out, "the same command with --resume") from None
     typer.echo(training_verdict(summary))
     typer.echo(f"run       {summary.path}")
 
@@ -241,17 +257,16 @@ def evaluate(
     """Rank models and baselines on the same windows over the whole payload; exit 1 when a gate fails."""
     from fastlvm import Payload, Windows, workflow
 
+    workflow.check_report_folder(out)
+    if gates is not None:
+        workflow.check_gate(gates)
     report = workflow.evaluate_paths(
         models, Payload.open(payload), Windows.open(windows), split=split, limit=limit, seed=seed, say=note
     )
     show(report.table())
     workflow.write_report(report, out, say=note)
     if gates is not None:
-        from fastlvm.evaluation import enforce
-
-        for model in models:
-            for row in enforce(report, gates, model=workflow.model_name(model, models)):
-                typer.echo(f"gate {gates}: {row}")
+        workflow.judge(report, gates, [workflow.model_name(model, models) for model in models], say=typer.echo)
 
 
 @command(app, "export", "fastlvm export run --index index --out artifact")
@@ -266,6 +281,7 @@ def export(
     """Write what a predictor needs, weights, space and index, and check it against the trained model."""
     import fastlvm
 
+    check_new_folder(out)
     fastlvm.export(
         run,
         out,
@@ -308,8 +324,11 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
     """Train on the sample payload, retrieve the next chunks of articles never seen, and compare with the baselines."""
     from fastlvm import demo as steps
 
-    with TrainingBar() as bar:
-        done = steps.run(out, progress=bar, say=note)
+    try:
+        with TrainingBar() as bar:
+            done = steps.run(out, progress=bar, say=note)
+    except KeyboardInterrupt:
+        raise interrupted(out, "the same command") from None
     typer.echo(training_verdict(done.summary))
     show(done.report.table())
     print_example(steps.example(done))
@@ -319,4 +338,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
 
 def main() -> None:
     """Entry point of `fastlvm` and `python -m fastlvm`."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack what a title or a file name holds
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,15 +34,20 @@ def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[.
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
+                sys.stdout.flush()
             except FastlvmError as error:
                 _leave(str(error), error.exit_code)
-            except KeyboardInterrupt:
-                _leave("interrupted", INTERRUPTED)
+            except KeyboardInterrupt as error:
+                _leave(str(error) or "interrupted", INTERRUPTED)
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _drop_output()
                 raise typer.Exit(0) from None
+            except MemoryError as error:
+                _leave(f"not enough memory ({error}): ask for less, or use a larger machine", InputError.exit_code)
             except OSError as error:
-                _leave(f"{error.filename or 'a file'}: {error.strerror or error}", InputError.exit_code)
+                _drop_output()
+                what = f"{error.filename}: " if error.filename else ""
+                _leave(f"{what}{error.strerror or error}", InputError.exit_code)
             except ModuleNotFoundError as error:
                 root = (error.name or "").partition(".")[0]
                 if root not in _EXTRAS:
@@ -55,8 +61,24 @@ def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[.
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    typer.echo(f"fastlvm: {' '.join(message.split())}", err=True)
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(message.split()))
+    typer.echo(f"fastlvm: {line}", err=True)
     raise typer.Exit(code)
+
+
+def _drop_output() -> None:
+    """Whatever standard output cannot take: without this the interpreter would try again on leaving, and complain."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def interrupted(out: Path, again: str) -> KeyboardInterrupt:
+    """What to raise on Ctrl-C so that the line printed says how to go on; `again`: how, where `out` holds something."""
+    kept = out.is_dir() and any(out.iterdir())
+    return KeyboardInterrupt(f"interrupted; {again} goes on from what {out} holds" if kept else "interrupted")
 
 
 def note(text: str) -> None:
@@ -78,12 +100,19 @@ def read_array(path: Path, name: str) -> np.ndarray:
     """A .npy array, memory-mapped; never a pickled one."""
     import numpy as np
 
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{name}: {path} {what}, and a .npy file is wanted")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: {path} does not exist") from error
-    except (ValueError, EOFError) as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError, RecursionError, MemoryError) as error:
         raise InputError(f"{name}: {path} is not a whole .npy array ({error}): save it with numpy.save") from error
+
+
+def keep_apart(given: Path, out: Path) -> None:
+    """Refuse to write over what is read."""
+    if out.exists() and given.exists() and out.samefile(given):
+        raise InputError(f"--out: {out} is the file that is read: name another one")
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
@@ -95,22 +124,24 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` pairs; values are JSON where they parse as JSON, else plain strings."""
+def parse_settings(pairs: list[str], taken: Collection[str]) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON where they parse as JSON, else plain strings. `taken`: keys not to be set."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise InputError(f"--set: got {pair!r}, wants key=value such as d_model=256")
+        if key in taken or key in settings:
+            raise InputError(f"--set: {key} has an option of its own or is given twice: name it once, as that option")
         try:
             settings[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             settings[key] = value
     return settings
 
 
 class TrainingBar:
-    """Draws what the trainer reports: a bar for the epoch under way, a line for each one done."""
+    """Draws what the trainer reports: on a terminal a bar for the epoch under way, and a line for each one done."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -123,12 +154,12 @@ class TrainingBar:
             TimeRemainingColumn(),
             console=Console(stderr=True, highlight=False),
             transient=True,
+            disable=not sys.stderr.isatty(),
         )
         self._task: TaskID | None = None
         self._epoch = -1
 
     def __enter__(self) -> TrainingBar:
-        self._bar.start()
         return self
 
     def __exit__(
@@ -153,6 +184,7 @@ class TrainingBar:
             self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
             return
         if epoch != self._epoch:
+            self._bar.start()  # not before there is something to draw: what comes first may be refused
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task, self._epoch = self._bar.add_task(f"epoch {epoch} of {epochs}", total=steps), epoch

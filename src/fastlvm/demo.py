@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastlvm.errors import InputError
+from fastlvm.files import read_json
+
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Windows
     from fastlvm.evaluation import Report
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 SPLIT = (0.6, 0.1, 0.3)
 SEED = 0
+DERIVED = {"index": "index.json", "artifact": "config.json"}  # made from the run, anew every time; and their records
 MODEL: dict[str, Any] = {"d_model": 256, "n_layers": 4, "d_state": 16}
 TRAINING: dict[str, Any] = {"epochs": 8, "patience": 3}
 
@@ -39,6 +43,7 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
     from fastlvm.training import load_run, train
 
     payload = Payload.sample()
+    _check_own(out, payload)
     say(f"payload: {len(payload):,} chunks x {payload.dim}, {payload.provenance.encoder}, {payload.provenance.source}")
 
     windows = Windows.build(payload, split=SPLIT, seed=SEED)
@@ -50,7 +55,9 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
 
     summary = train("mamba-s", payload, windows, out / "run", resume=True, progress=progress, **MODEL, **TRAINING)
     _, _, space = load_run(out / "run")
-    _forget(out / "index", out / "artifact")
+    for name in DERIVED:
+        if (out / name).exists():
+            shutil.rmtree(out / name)
     Index.build(payload, space=space).save(out / "index")
     export(out / "run", out / "artifact", index=out / "index", payload=payload, windows=windows)
     report = workflow.evaluate_paths([out / "artifact"], payload, windows, name="sample payload", say=say)
@@ -83,8 +90,23 @@ def places(out: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _forget(*folders: Path) -> None:
-    """Remove what is derived from the run and made anew every time."""
-    for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder)
+def _check_own(out: Path, payload: Payload) -> None:
+    """Refuse a folder that holds another's windows, index or artifact: the demo makes these anew every time."""
+    from fastlvm import Windows
+
+    def is_own(name: str) -> bool:
+        if name not in DERIVED:
+            return Windows.open(out / name).payload_id == payload.id
+        record = read_json(out / name / DERIVED[name])
+        written_by = record.get("format") if isinstance(record, dict) else None
+        return written_by == f"fastlvm-{name}" and record.get("payload_id") == payload.id
+
+    for name in ("windows.npz", *DERIVED):
+        own = True
+        if (out / name).exists():
+            try:
+                own = is_own(name)
+            except InputError:
+                own = False
+        if not own:
+            raise InputError(f"{out / name} is not the demo's own: remove it or name another --out")

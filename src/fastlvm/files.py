@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from fastlvm.errors import InputError
 
 _CHUNK = 1 << 22
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _temporary(target: Path) -> Path:
@@ -67,21 +69,48 @@ def _sync_folder(path: Path) -> None:
 def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; on leaving without an error it is synced and renamed to `target`."""
     target = Path(target)
-    if target.is_dir():
-        raise InputError(f"{target} is a folder, and a file is to be written there: name another path")
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "no ordinary file"
+        raise InputError(f"{target} is {what}, and a file is to be written there: name another path")
+    _make_parent(target)
+    _clear_leftovers(target)
+    temporary = _temporary(target)
+    try:
+        with _writing(target, temporary):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        _remove(temporary)
+
+
+def _make_parent(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{target.parent} cannot be made ({error.strerror}): name another folder") from error
-    _clear_leftovers(target)
-    temporary = _temporary(target)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, temporary: Path) -> Iterator[None]:
+    """An error of writing `temporary`, as one that names `target`."""
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        _remove(temporary)
+        yield
+    except OSError as error:
+        ours = isinstance(error.filename, str | Path) and str(error.filename).startswith(str(temporary))
+        if not ours and error.errno not in _CANNOT_WRITE:
+            raise
+        raise InputError(f"{target} cannot be written ({error.strerror}): make room or name another place") from error
+
+
+def check_new_folder(target: str | os.PathLike[str]) -> None:
+    """Raises InputError unless `target` can become a folder: it is absent or an empty one."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, and a folder is to be written there: name another path")
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"{target} already holds something: remove it or name another folder")
 
 
 @contextlib.contextmanager
@@ -91,31 +120,26 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     An existing non-empty `target` is refused before anything is written.
     """
     target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file, and a folder is to be written there: name another path")
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"{target} already holds something: remove it or name another folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{target.parent} cannot be made ({error.strerror}): name another folder") from error
+    check_new_folder(target)
+    _make_parent(target)
     _clear_leftovers(target)
     temporary = _temporary(target)
-    temporary.mkdir()
     try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _sync(path)
-            else:
-                _sync_folder(path)
-        _sync_folder(temporary)
-        try:
-            temporary.replace(target)
-        except OSError as error:
-            if not target.exists():
-                raise
-            raise InputError(f"{target} was made by something else meanwhile: name another folder") from error
+        with _writing(target, temporary):
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    _sync(path)
+                else:
+                    _sync_folder(path)
+            _sync_folder(temporary)
+            try:
+                temporary.replace(target)
+            except OSError as error:
+                if not target.exists():
+                    raise
+                raise InputError(f"{target} was made by something else meanwhile: name another folder") from error
         _sync_folder(target.parent)
     finally:
         if temporary.exists():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastlvm.errors import FastlvmError, InputError, IntegrityError
+from fastlvm.errors import FastlvmError, GateError, InputError, IntegrityError
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Windows
@@ -89,6 +89,34 @@ def write_report(report: Report, out: Path, say: Callable[[str], None]) -> None:
         say(f"{out / 'report.png'} written")
     except FastlvmError as error:
         say(f"no chart: {error}")
+
+
+def check_report_folder(out: Path) -> None:
+    """Refuse, before the work, a folder that `write_report` could not write to."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, and a folder for the report is wanted: name another path")
+
+
+def check_gate(gate: str) -> None:
+    """Refuse, before the work, a gate that is not known."""
+    from fastlvm.evaluation.gates import GATES
+
+    if gate not in GATES:
+        raise InputError(f"gate {gate!r} is not known: choose one of {', '.join(GATES)}")
+
+
+def judge(report: Report, gate: str, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say how every model stands to every threshold of a gate; then raise GateError where one is missed."""
+    from fastlvm.evaluation.gates import check
+
+    missed = []
+    for name in names:
+        for row in check(report, gate, model=name):
+            say(f"gate {gate}, {name}: {row}, {'passed' if row.passed else 'missed'}")
+            if not row.passed:
+                missed.append(f"{name}: {row}")
+    if missed:
+        raise GateError(f"gate {gate} missed: {'; '.join(missed)}")
 
 
 def machine_info() -> list[tuple[str, str]]:

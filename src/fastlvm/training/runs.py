@@ -65,7 +65,7 @@ def open_run(
     }
     if out.is_dir() and any(out.iterdir()):
         if not resume:
-            raise InputError(f"{out} already holds something: resume the run or name another folder")
+            raise InputError(f"{out} already holds something: go on with --resume (resume=True) or name another folder")
         return _reopen(out, identity)
     if options.space == "none":
         space = Space.identity(payload.dim)
