@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastlvm.data import Windows
+from fastlvm.data import Space, Windows
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.training import checkpoint, load_run, train
 
@@ -86,16 +85,21 @@ def test_interrupted_again_and_again(payload, windows, tmp_path, whole):
 def test_a_second_ctrl_c_while_saving_does_not_spoil_it(payload, windows, tmp_path, whole, monkeypatch):
     out = tmp_path / "run"
     written = checkpoint.save_file
+    armed = []
+
+    def first():
+        armed.append(True)
+        interrupt()
 
     def impatient(*args, **kwargs):
-        if threading.current_thread() is threading.main_thread() and (out / "last.safetensors").exists():
+        if armed:
             interrupt()
             interrupt()
         written(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_file", impatient)
     with pytest.raises(KeyboardInterrupt):
-        go(payload, windows, out, progress=at(2, 1, interrupt))
+        go(payload, windows, out, progress=at(2, 1, first))
     monkeypatch.setattr(checkpoint, "save_file", written)
     _, meta = checkpoint.load(out / "last.safetensors")
     assert meta["state"]["step"] == -(-len(windows.rows("train")) // TINY["batch_size"]) + 1
@@ -239,6 +243,10 @@ def test_damaged_files_are_refused(payload, windows, tmp_path):
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "space_id": "0" * 16}))
     with pytest.raises(IntegrityError, match="space"):
+        load_run(out)
+    (out / "config.json").write_text(json.dumps(config))
+    Space.identity(payload.dim).save(out / "space.safetensors")
+    with pytest.raises(IntegrityError, match=r"space\.safetensors has id"):
         load_run(out)
     with pytest.raises(InputError, match="is no run folder"):
         load_run(tmp_path / "nothing")
