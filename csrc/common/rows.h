@@ -139,6 +139,11 @@ inline void copy(T* out, const T* in, int64_t count) {
   if (count > 0) memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
 }
 
+template <class T>
+inline void fill_zero(T* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = T(0);
+}
+
 template <class T, class From, class Convert>
 inline void copy_row(T* out, const From* in, int64_t stride, int64_t count, Convert convert) {
   if (stride == 1) {

@@ -58,11 +58,18 @@ class Block {
         first_(group_ * geometry.channels + task % geometry.slices * geometry.slice),
         count_(smaller(geometry.slice, (group_ + 1) * geometry.channels - first_)),
         chunk_(geometry.chunk),
-        A_(count_ * padded_),
+        A_packed_(readable_in_place(args.A, 1) ? 0 : count_ * padded_),
         B_(args.B, geometry, count_),
         C_(args.C, geometry, count_),
         rows_(6 * panel * chunk_) {
-    for (int64_t c = 0; c < count_; ++c) read_state_row(A_ + c * padded_, args.A, first_ + c, 0);
+    if (readable_in_place(args.A, 1)) {
+      A_ = static_cast<const T*>(args.A.data) + first_ * args.A.stride[0];
+      A_pitch_ = args.A.stride[0];
+    } else {
+      for (int64_t c = 0; c < count_; ++c) read_state_row(A_packed_ + c * padded_, args.A, first_ + c, 0);
+      A_ = A_packed_.get();
+      A_pitch_ = padded_;
+    }
     if (per_channel(args.B)) read_constant(B_, args.B);
     if (per_channel(args.C)) read_constant(C_, args.C);
   }
@@ -126,7 +133,7 @@ class Block {
   T* input() const { return rows_ + 3 * panel * chunk_; }  // δ u
   T* y() const { return rows_ + 4 * panel * chunk_; }
   T* z() const { return rows_ + 5 * panel * chunk_; }
-  const T* A(int64_t c) const { return A_ + c * padded_; }
+  const T* A(int64_t c) const { return A_ + c * A_pitch_; }
 
   // Row t of a chunk is row(c) + t * pitch.
   struct Projection {
@@ -151,12 +158,17 @@ class Block {
     to.channel_pitch = padded_;
   }
 
+  // Rows over the state dimension (`axis`) that are what packing would make of them.
+  bool readable_in_place(const TensorView& view, int axis) const {
+    constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
+    return view.dtype == own && view.stride[axis] == 1 && padded_ == args_.state;
+  }
+
   void read_varying(Projection& to, const TensorView& view, int64_t begin, int64_t length) {
     if (per_channel(view)) return;
     const int64_t along_state = view.stride[2], along_time = view.stride[3];
     const int64_t offset = offset_of(view, batch_, group_ / to.group_size) + begin * along_time;
-    constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
-    if (view.dtype == own && along_state == 1 && padded_ == args_.state) {
+    if (readable_in_place(view, 2)) {
       to.start = static_cast<const T*>(view.data) + offset;
       to.pitch = along_time;
       return;
@@ -179,7 +191,9 @@ class Block {
 
   const SsmScan& args_;
   int64_t padded_, batch_, group_, first_, count_, chunk_;
-  Buffer<T> A_;
+  Buffer<T> A_packed_;
+  const T* A_ = nullptr;
+  int64_t A_pitch_ = 0;
   Projection B_, C_;
   Buffer<T> rows_;
 };
@@ -290,15 +304,19 @@ inline void forward(const SsmScan& args) {
   using T = typename V::scalar;
   if (args.batch == 0 || args.dim == 0) return;
   Geometry g = geometry_of<V>(args);
-  const int64_t wanted_tasks = 4 * get_num_threads();
-  g.slice = smaller(g.channels, larger(8, smaller(64, div_up(args.batch * args.dim, wanted_tasks))));
+  // Large slices, because each packs B and C for itself; enough of them to keep all threads busy to the end.
+  const int64_t threads = get_num_threads(), wanted_tasks = threads == 1 ? 1 : 4 * threads;
+  g.slice = smaller(g.channels, larger(8, smaller(256, div_up(args.batch * args.dim, wanted_tasks))));
   g.slices = div_up(g.channels, g.slice);
   g.chunk = larger(1, smaller(args.length, larger(8, smaller(64, 16384 / larger(1, g.padded)))));
   const bool share = args.batch * args.dim * larger(1, args.state) * args.length > work_worth_sharing;
   parallel(g.tasks(args.batch), share, [&](int64_t task) {
     Block<V> block(args, g, task);
-    Buffer<T> states(block.count() * g.padded, T(0));
-    if (given(args.initial_state)) block.read_initial(states.get());
+    Buffer<T> states(block.count() * g.padded);  // the first step writes them if it starts from zero
+    if (given(args.initial_state))
+      block.read_initial(states.get());
+    else if (args.length == 0)
+      fill_zero(states.get(), block.count() * g.padded);
     scan_block(
         args, block, states.get(), 0, args.length, [](int64_t) {},
         [&](int64_t c, int64_t channels, int64_t t, int64_t length) {

@@ -211,7 +211,7 @@ class Backward {
                    T* dB, T* dC) {
     const int64_t at = state_offset(block) + c * g_.padded;
     T *const dA = scratch.sums.get(), *const dB_c = dA + g_.padded, *const dC_c = dB_c + g_.padded;
-    for (int64_t i = 0; i < 3 * g_.padded; ++i) dA[i] = T(0);
+    fill_zero(dA, 3 * g_.padded);
     Sweep<T> s;
     s.h = scratch.h.get(), s.a = scratch.a.get(), s.carry = carry_ + at, s.dA = dA;
     s.dB = dB ? dB : dB_c, s.dB_pitch = dB ? g_.padded : 0;
@@ -229,7 +229,7 @@ class Backward {
   T* slice_rows(T* slices, int64_t task, int64_t t, int64_t length) const {
     if (!slices) return nullptr;
     T* const rows = slices + (task * span_ + t) * g_.padded;
-    for (int64_t i = 0; i < length * g_.padded; ++i) rows[i] = T(0);
+    fill_zero(rows, length * g_.padded);
     return rows;
   }
 
@@ -299,7 +299,7 @@ class Backward {
       Buffer<T> sum(g_.padded);
       for (int64_t t = 0; t < length; ++t) {
         const T* const part = slices + bg * parts * task_size + t * g_.padded;
-        for (int64_t n = 0; n < g_.padded; ++n) sum[n] = T(0);
+        fill_zero(sum.get(), g_.padded);
         for (int64_t p = 0; p < parts; ++p) add(sum.get(), part + p * task_size);
         T* const to = static_cast<T*>(out.data) + bg * in_.state * in_.length + begin + t;
         for (int64_t n = 0; n < in_.state; ++n) to[n * in_.length] = sum[n];
