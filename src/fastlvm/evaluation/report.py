@@ -177,7 +177,6 @@ def evaluate(
     Raises IntegrityError where the windows are not of this payload, InputError for an empty split or bad predictions.
     """
     say = progress or (lambda _: None)
-    say("checking the windows against the payload")
     alignment = windows.verify(payload)
     rows, articles = np.asarray(windows.rows(split)), np.asarray(windows.keys(split))[:, 0]
     total = len(rows)
