@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <exception>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "arrays.h"
 #include "common/dispatch.h"
@@ -15,6 +18,26 @@ namespace py = pybind11;
 
 namespace fastlvm {
 namespace {
+
+// Calls a kernel without the GIL. A daemon thread that is still computing when the interpreter ends cannot have the GIL
+// back: CPython before 3.14 then ends the thread by unwinding its stack, which a destructor (py::gil_scoped_release)
+// must not be part of. Such a thread is left waiting for the process to end.
+template <class Args>
+void call_without_gil(void (*kernel)(const Args&), const Args& args) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    kernel(args);
+  } catch (const std::exception&) {
+    error = std::current_exception();
+  }
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    while (true) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+  if (error) std::rethrow_exception(error);
+}
 
 constexpr bool optional = true;
 
@@ -99,9 +122,7 @@ void ssm_scan(py::handle u, py::handle delta, py::handle A, py::handle B, py::ha
   check_gradients({{last, "BDN"}}, sizes, in.float64());
   SsmScan args = in.args(sizes);
   args.out = result.view(), args.final_state = last.view();
-  const Kernels& kernels = active_kernels();
-  py::gil_scoped_release release;
-  kernels.ssm_scan(args);
+  call_without_gil(active_kernels().ssm_scan, args);
 }
 
 void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u, py::handle delta, py::handle A,
@@ -138,9 +159,7 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
   args.du = to_u.view(), args.ddelta = to_delta.view(), args.dA = to_A.view(), args.dB = to_B.view();
   args.dC = to_C.view(), args.dD = to_D.view(), args.dz = to_z.view();
   args.ddelta_bias = to_bias.view(), args.dinitial_state = to_initial.view();
-  const Kernels& kernels = active_kernels();
-  py::gil_scoped_release release;
-  kernels.ssm_scan_bwd(args);
+  call_without_gil(active_kernels().ssm_scan_bwd, args);
 }
 
 struct ConvInputs {
@@ -187,9 +206,7 @@ void causal_conv1d(py::handle x, py::handle weight, py::handle bias, bool silu, 
   check_output(last, in.x.view().dtype);
   CausalConv1d args = in.args(sizes);
   args.out = result.view(), args.final_state = last.view();
-  const Kernels& kernels = active_kernels();
-  py::gil_scoped_release release;
-  kernels.causal_conv1d(args);
+  call_without_gil(active_kernels().causal_conv1d, args);
 }
 
 void causal_conv1d_bwd(py::handle grad_out, py::handle grad_final_state, py::handle x, py::handle weight,
@@ -211,9 +228,7 @@ void causal_conv1d_bwd(py::handle grad_out, py::handle grad_final_state, py::han
   args.grad_out = grad.view(), args.grad_final_state = grad_last.view();
   args.dx = to_x.view(), args.dweight = to_weight.view(), args.dbias = to_bias.view();
   args.dinitial_state = to_initial.view();
-  const Kernels& kernels = active_kernels();
-  py::gil_scoped_release release;
-  kernels.causal_conv1d_bwd(args);
+  call_without_gil(active_kernels().causal_conv1d_bwd, args);
 }
 
 }  // namespace
