@@ -26,7 +26,7 @@ from fastlvm.console import (
     show,
     training_verdict,
 )
-from fastlvm.files import check_new_folder
+from fastlvm.files import check_folder, check_new_folder
 
 NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
 
@@ -257,7 +257,7 @@ def evaluate(
     """Rank models and baselines on the same windows over the whole payload; exit 1 when a gate fails."""
     from fastlvm import Payload, Windows, workflow
 
-    workflow.check_report_folder(out)
+    check_folder(out)
     if gates is not None:
         workflow.check_gate(gates)
     report = workflow.evaluate_paths(
@@ -306,7 +306,8 @@ def predict(
     from fastlvm import Predictor
 
     vectors = read_array(context, "--context")
-    found = Predictor.load(artifact, threads=threads).search(vectors, k, exclude=None if keep_context else "context")
+    predictor = Predictor.load(artifact, threads=threads)
+    found = predictor.search(vectors, min(k, len(predictor.index)), exclude=None if keep_context else "context")
     print_found(found, single=vectors.ndim == 2, as_json=as_json)
 
 

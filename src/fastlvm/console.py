@@ -100,12 +100,14 @@ def read_array(path: Path, name: str) -> np.ndarray:
     """A .npy array, memory-mapped; never a pickled one."""
     import numpy as np
 
+    from fastlvm.data.npz import HEADER_ERRORS
+
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise InputError(f"{name}: {path} {what}, and a .npy file is wanted")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError, RecursionError, MemoryError) as error:
+    except HEADER_ERRORS as error:
         raise InputError(f"{name}: {path} is not a whole .npy array ({error}): save it with numpy.save") from error
 
 

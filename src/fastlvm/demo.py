@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlvm.errors import InputError
-from fastlvm.files import read_json
+from fastlvm.files import check_folder, read_json
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Windows
@@ -43,6 +43,7 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
     from fastlvm.training import load_run, train
 
     payload = Payload.sample()
+    check_folder(out)
     _check_own(out, payload)
     say(f"payload: {len(payload):,} chunks x {payload.dim}, {payload.provenance.encoder}, {payload.provenance.source}")
 

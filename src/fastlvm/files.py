@@ -85,6 +85,20 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(temporary)
 
 
+def _check_above(target: Path) -> None:
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{target} cannot be made, {parent} is a file: name another path")
+
+
+def check_folder(target: str | os.PathLike[str]) -> None:
+    """Raises InputError unless `target` is a folder or can become one."""
+    target = Path(target)
+    _check_above(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, and a folder is wanted: name another path")
+
+
 def _make_parent(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +119,9 @@ def _writing(target: Path, temporary: Path) -> Iterator[None]:
 
 
 def check_new_folder(target: str | os.PathLike[str]) -> None:
-    """Raises InputError unless `target` can become a folder: it is absent or an empty one."""
+    """Raises InputError unless `target` can become a folder: it is absent or an empty one, and no file is above it."""
     target = Path(target)
+    _check_above(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, and a folder is to be written there: name another path")
     if target.is_dir() and any(target.iterdir()):

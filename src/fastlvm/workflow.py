@@ -66,6 +66,9 @@ def evaluate_paths(
     from fastlvm import get_num_threads
     from fastlvm.evaluation import evaluate, measure_retrieval
 
+    for at, path in enumerate(paths):
+        if any(path.resolve() == other.resolve() for other in paths[:at]):
+            raise InputError(f"{path} is named twice: name every run and artifact once")
     opened = [_open(path, model_name(path, paths), payload) for path in paths]
     rankers = [ranker for ranker, _ in opened]
     report = evaluate(rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, progress=say)
@@ -89,12 +92,6 @@ def write_report(report: Report, out: Path, say: Callable[[str], None]) -> None:
         say(f"{out / 'report.png'} written")
     except FastlvmError as error:
         say(f"no chart: {error}")
-
-
-def check_report_folder(out: Path) -> None:
-    """Refuse, before the work, a folder that `write_report` could not write to."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, and a folder for the report is wanted: name another path")
 
 
 def check_gate(gate: str) -> None:

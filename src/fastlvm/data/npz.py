@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,12 @@ from fastlvm.errors import InputError, IntegrityError
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error, NotImplementedError, RuntimeError)
 """What reading a damaged archive raises."""
 
+HEADER_ERRORS = (
+    *(ValueError, TypeError, SyntaxError, tokenize.TokenError, EOFError),
+    *(OverflowError, RecursionError, MemoryError),
+)
+"""What numpy raises for a .npy header that makes no sense."""
+
 
 def read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and dtype from the head of a .npy stream. Raises IntegrityError naming `name`."""
@@ -29,7 +36,7 @@ def read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.d
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
         else:
             raise ValueError(f"version {magic}")
-    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, *DAMAGE) as error:
+    except (*HEADER_ERRORS, *DAMAGE) as error:
         raise IntegrityError(f"{name} has no .npy header that can be read: restore the file") from error
     if any(side < 0 for side in shape) or math.prod(shape) > 2**48:
         raise IntegrityError(f"{name} claims shape {list(shape)}: restore the file")

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastlvm.data import rows as table
 from fastlvm.data import texts as text_files
+from fastlvm.data.npz import HEADER_ERRORS
 from fastlvm.data.provenance import Provenance, now, version
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_folder, read_json, sha256_file, write_json
@@ -325,7 +326,7 @@ def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
         raise IntegrityError(f"{path} is missing: {remedy}")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
+    except (OSError, *HEADER_ERRORS) as error:
         size = path.stat().st_size
         wanted = 128 + int(np.prod(shape)) * np.dtype(dtype).itemsize  # the header takes 128
         if size < wanted:

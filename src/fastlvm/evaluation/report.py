@@ -177,6 +177,8 @@ def evaluate(
     Raises IntegrityError where the windows are not of this payload, InputError for an empty split or bad predictions.
     """
     say = progress or (lambda _: None)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}, and a whole number of at least 0 is wanted")
     alignment = windows.verify(payload)
     rows, articles = np.asarray(windows.rows(split)), np.asarray(windows.keys(split))[:, 0]
     total = len(rows)

@@ -14,6 +14,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-s": ("fastlvm.models.mamba:MambaPredictor", {}),
 }
 
+MOST = 1 << 16  # of any count below
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -89,8 +91,8 @@ class ModelConfig:
 
 
 def _check_count(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{field} is {value!r}, and it has to be a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise InputError(f"{field} is {value!r}, and it has to be a whole number from 1 to {MOST}")
 
 
 def _check_real(field: str, value: Any, wanted: str, holds: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-
 _FLOATS = {np.dtype(name): name for name in ("float32", "float16", "float64")}  # dtype.name costs microseconds
 
 

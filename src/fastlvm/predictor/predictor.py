@@ -11,6 +11,7 @@ import numpy as np
 from fastlvm.errors import InputError
 from fastlvm.predictor import artifact
 from fastlvm.retrieval import Index
+from fastlvm.retrieval.index import MOST_THREADS
 
 MATCH = 1 - 1e-4  # least inner product of a context vector with its own payload row: float16 rounding, whitened
 TIE = 1e-6  # rows this close to the best match cannot be told from it in float32
@@ -48,8 +49,8 @@ class Predictor:
         artifact or one this version cannot run, IntegrityError where it is damaged.
         """
         whole = isinstance(threads, int) and not isinstance(threads, bool)
-        if threads is not None and not (whole and threads >= 1):
-            raise InputError(f"threads is {threads!r}, and a whole number of at least 1 is wanted")
+        if threads is not None and not (whole and 1 <= threads <= MOST_THREADS):
+            raise InputError(f"threads is {threads!r}, and a whole number from 1 to {MOST_THREADS} is wanted")
         predictor = cls(artifact.read(folder, threads))
         artifact.check_golden(predictor._parts, predictor.predict)
         if threads is not None:

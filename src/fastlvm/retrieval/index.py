@@ -21,6 +21,7 @@ from fastlvm.retrieval import build as building
 FORMAT = "fastlvm-index"
 VERSION = 1
 KINDS = ("auto", "flat", "ivf_flat")
+MOST_THREADS = 1024
 
 
 class SearchResult(NamedTuple):
@@ -92,6 +93,8 @@ class Index:
 
         threads, if given, sets FAISS's thread count for the whole process.
         """
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise InputError(f"seed is {seed!r}, and an integer ≥ 0 is wanted")
         if kind not in KINDS:
             raise InputError(f"kind is {kind!r}, and one of {', '.join(KINDS)} is wanted")
         own_space = space is not None
@@ -289,8 +292,8 @@ def set_threads(threads: int | None) -> None:
     """Set how many threads FAISS uses in this process; None leaves it alone."""
     if threads is None:
         return
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
-        raise InputError(f"threads is {threads!r}, and an integer ≥ 1 is wanted")
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads is {threads!r}, and an integer from 1 to {MOST_THREADS} is wanted")
     import faiss
 
     faiss.omp_set_num_threads(int(threads))

@@ -79,6 +79,8 @@ class TrainOptions:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{field} is {value!r}, and it has to be a whole number of at least {least}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
         for field, least_open in (("lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
             value = getattr(self, field)
             if not _is_real(value) or value < 0 or (least_open and value == 0):

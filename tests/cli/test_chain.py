@@ -1,0 +1,175 @@
+"""From arrays to a report by the commands alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from cli.conftest import TINY, fastlvm, listing, ok, refused
+from fastlvm import Index, Payload, Predictor, Windows
+
+
+def test_payload(made):
+    for printed in (made.built, ok("payload", "info", made.payload)):
+        assert "112 x 32 float32" in printed and "walks" in printed and "seed 0" in printed
+    assert Payload.open(made.payload).text(15) == "chunk 1 of 1"
+    assert "ok: 112 rows" in ok("payload", "verify", made.payload)
+
+
+def test_windows(made):
+    assert [line.split()[:2] for line in made.cut.splitlines()[1:4]] == [
+        ["train", "36"],
+        ["validation", "18"],
+        ["test", "18"],
+    ]
+    for printed in (made.cut, ok("windows", "verify", made.windows, "--payload", made.payload)):
+        assert "context cosine 1.0000" in printed and "random pairs" in printed
+        assert "articles in two splits 0" in printed
+
+
+def test_windows_round_trip_through_the_predecessor(made, tmp_path):
+    old, again = tmp_path / "old.npz", tmp_path / "again.npz"
+    printed = ok("windows", "export", made.windows, "--payload", made.payload, "--split", "test", "--out", old)
+    assert printed == f"18 windows written to {old}\n"
+    ok("windows", "import", old, "--payload", made.payload, "--out", again, "--split", "0,0,1")
+    np.testing.assert_array_equal(Windows.open(again).rows("test"), Windows.open(made.windows).rows("test"))
+
+
+def test_payload_import(made, tmp_path):
+    payload = Payload.open(made.payload)
+    old = tmp_path / "old.npz"
+    np.savez(
+        old,
+        vectors=payload.vectors,
+        article_indices=payload.keys[:, 0],
+        chunk_indices=payload.keys[:, 1],
+        concept_texts=np.array([payload.text(row) for row in range(len(payload))]),
+    )
+    ok("payload", "import", old, "--encoder", "walks", "--out", tmp_path / "new")
+    assert Payload.open(tmp_path / "new").id == payload.id
+
+
+def test_index_with_and_without_a_space(made, tmp_path):
+    assert Index.open(made.index).space.id != Index.open(made.index).payload_id
+    assert "flat index of 112 rows (exact)" in made.indexed
+    plain = tmp_path / "plain"
+    printed = ok("index", "build", made.payload, "--kind", "ivf_flat", "--nlist", 4, "--nprobe", 2, "--out", plain)
+    assert "ivf_flat index of 112 rows (nlist 4, nprobe 2)" in printed
+    vector = Payload.open(made.payload).take([3])
+    assert Index.open(plain).search(vector, 1).ids[0, 0] == 3
+    by_file = ok("index", "build", made.payload, "--space", made.run / "space.safetensors", "--out", tmp_path / "same")
+    assert "flat" in by_file and Index.open(tmp_path / "same").id == Index.open(made.index).id
+
+
+def test_train_prints_what_was_kept_and_resumes(made, tmp_path):
+    assert "validation R@5" in made.trained and str(made.run) in made.trained
+    train = ["train", "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "run", "--epochs", 1]
+    first = fastlvm(*train, *TINY)
+    assert first.code == 0 and [line.split()[1] for line in first.err.splitlines()] == ["0", "1"]
+    for name in ("config.json", "best.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (made.run / name).read_bytes(), name
+
+    before = listing(tmp_path)
+    assert "--resume" in refused(*train, *TINY)
+    assert listing(tmp_path) == before
+    again = fastlvm(*train, *TINY, "--resume")
+    assert again.code == 0 and not again.err  # nothing was left to do
+    assert "lr" in refused(*train, *TINY, "--resume", "--lr", 0.5)
+
+
+def test_train_ar(made, tmp_path):
+    ok(
+        *("train", "--model", "mamba-s", "--objective", "ar", "--space", "none", "--seed", 3, "--lr", 0.01),
+        *("--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "ar", *TINY, "--set", "epochs=1"),
+    )
+    config = json.loads((tmp_path / "ar" / "config.json").read_text())
+    wanted = {"objective": "ar", "space": "none", "seed": 3, "lr": 0.01, "epochs": 1, "batch_size": 16}
+    assert {key: config["training"][key] for key in wanted} == wanted
+
+
+def test_export_builds_the_index_itself(made, tmp_path):
+    ok("export", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "artifact")
+    assert Predictor.load(tmp_path / "artifact").index.id == Index.open(made.index).id
+
+
+def test_predict_one_context(made):
+    lines = ok("predict", made.artifact, "--context", made.context, "-k", 7).splitlines()
+    assert lines[0].split() == ["row", "article", "chunk", "score"] and len(lines) == 8
+    rows = [int(line.split()[0]) for line in lines[1:]]
+    expected = Predictor.load(made.artifact).search(np.load(made.context), 7, exclude="context")
+    assert rows == expected.ids.tolist() and not set(rows) & set(range(5))
+    [row, article, chunk, score] = lines[1].split()
+    assert (int(article), int(chunk)) == divmod(int(row), 14)
+    assert float(score) == pytest.approx(expected.scores[0], abs=1e-4)
+
+
+def test_predict_keeps_the_context_when_asked(made):
+    shown = ok("predict", made.artifact, "--context", made.context, "-k", 3, "--keep-context", "--json")
+    assert json.loads(shown)["results"][0]["row"] in range(5)
+
+
+def test_predict_a_batch(made):
+    args = ["predict", made.artifact, "--context", made.batch, "-k", 4, "--threads", 1]
+    shown = ok(*args, "--json")
+    found = [json.loads(line) for line in shown.splitlines()]
+    assert [one["context"] for one in found] == [0, 1] and [len(one["results"]) for one in found] == [4, 4]
+    assert found[0]["results"][0].keys() == {"row", "article", "chunk", "score"}
+    assert sum(line.startswith("context ") for line in ok(*args).splitlines()) == 2
+
+
+def test_predict_asks_for_more_than_there_is(made):
+    for k in (112, 10**20):
+        shown = ok("predict", made.artifact, "--context", made.context, "-k", k, "--json")
+        assert len(json.loads(shown)["results"]) == 112 - 5
+
+
+def test_eval(made, tmp_path):
+    result = fastlvm(
+        *("eval", made.run, made.artifact, "--payload", made.payload, "--windows", made.windows),
+        *("--split", "test", "--out", tmp_path / "report", "--limit", 12),
+    )
+    assert result.code == 0
+    assert "whitened copy-last" in result.out and "latency, batch 1" in result.out
+    assert "written" in result.err and "written" not in result.out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    figures = {row["name"]: row["excluded"] for row in report["rankers"]}
+    assert figures["run"]["R@5"] == figures["artifact"]["R@5"]
+    assert figures["run"]["median_rank"] == figures["artifact"]["median_rank"]
+    assert report["windows"]["evaluated"] == 12 and list(report["latency"]) == ["artifact"]
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gate_missed(made, tmp_path):
+    args = ["eval", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "report"]
+    missed = fastlvm(*args, "--gates", "final")
+    assert missed.code == 1 and "gate final, run: R@5" in missed.out and "not measured" in missed.out
+    assert missed.err.splitlines()[-1].startswith("fastlvm: gate final missed: run: ")
+    assert "Traceback" not in missed.err and (tmp_path / "report" / "report.json").exists()
+
+
+def test_a_gate_passed_and_a_report_without_matplotlib(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    args = ["eval", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "report"]
+    result = fastlvm(*args, "--gates", "epoch2")
+    assert result.code == 0 and "no chart: drawing needs matplotlib" in result.err
+    assert "gate epoch2, run: cosine" in result.out and "passed" in result.out
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.json"]
+
+
+def test_info():
+    printed = ok("info")
+    for word in ("fastlvm", "instruction set", "threads", "numpy", "ssm_scan cpu", "ssm_scan reference"):
+        assert word in printed
+
+
+def test_a_missing_extra_is_named(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastlvm.training", None)
+
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(Payload, "open", absent)
+    assert refused("payload", "info", made.payload) == "this needs torch: pip install 'fastlvm[torch]'"
