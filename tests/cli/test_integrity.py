@@ -72,9 +72,7 @@ def test_old_windows_with_shifted_keys(made, read, tmp_path):
     assert "old.npz does not come from payload" in message and "window 0" in message
 
 
-@pytest.mark.parametrize(
-    "line", ["payload info P", "payload verify P", "index build P --out O/index", *READERS.values()]
-)
+@pytest.mark.parametrize("line", ["payload info P", "payload verify P", "index build P --out O/i", *READERS.values()])
 def test_truncated_vectors(line, read, made, copied):
     payload = copied(made.payload)
     with (payload / "vectors.npy").open("r+b") as file:
@@ -103,7 +101,7 @@ def hostile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = io.BytesIO()
     np.save(file, np.array([Hostile()], dtype=object), allow_pickle=True)
-    pickle.loads(pickle.dumps(Hostile())).close()  # it does what it says
+    pickle.loads(pickle.dumps(Hostile())).close()  # noqa: S301 - it does what it says
     (tmp_path / "run-by-a-pickle").unlink()
     return file.getvalue()
 
@@ -193,14 +191,19 @@ def test_damaged_files(kind, name, made, copied, read):
         for line in DAMAGE[kind, name]:
             if data is None and "--resume" in line:  # a run that was stopped before its first checkpoint
                 continue
+            if how == "flipped" and (kind, name) == ("run", "config.json"):  # in what training was asked, not read here
+                continue
             message = read(line.replace("X", str(folder), 1).replace(" C", f" {made.context}"))
             assert folder.name in message, (how, message)
 
 
 def test_a_run_whose_config_names_nonsense(made, copied, read):
-    for change in ({"model": {"name": "x"}}, {"model": {"d_model": -1}}, {"model": 3}, {"payload_id": 7}):
-        run = copied(made.run, f"run{len(listing(made.root))}{hash(str(change))}")
-        config = json.loads((run / "config.json").read_text())
+    config = json.loads((made.run / "config.json").read_text())
+    deeper = {"model": config["model"] | {"n_layers": 2}}
+    for number, change in enumerate(
+        (deeper, {"model": {"name": []}}, {"model": 3}, {"payload_id": 7}, {"space_id": []})
+    ):
+        run = copied(made.run, f"run{number}")
         (run / "config.json").write_text(json.dumps(config | change))
         read(f"export {run} --index I --out O/artifact")
         read(f"eval {run} --payload P --windows W --out O/report")

@@ -7,6 +7,7 @@ It is the only file a resumed run trusts; `history.json` and `best.safetensors` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -24,13 +25,14 @@ from fastlvm.files import atomic_file
 
 # a single metadata key: several would be written in an order that changes from run to run
 _META = "fastlvm"
+_DIGEST = "sha256"  # in the metadata, of the tensors
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON metadata to one safetensors file, atomically."""
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(meta, sort_keys=True, allow_nan=False)
+    text = json.dumps({**meta, _DIGEST: _digest(plain)}, sort_keys=True, allow_nan=False)
     with atomic_file(path) as temporary:
         save_file(plain, str(temporary), metadata={_META: text})
 
@@ -43,9 +45,22 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = json.loads((file.metadata() or {})[_META])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 - no mapping
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        digest = meta.pop(_DIGEST)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise IntegrityError(f"{path} is no readable checkpoint ({error}): restore it or train again") from error
+    if digest != _digest(tensors):
+        raise IntegrityError(f"{path} is damaged, its numbers have changed: restore it or train again")
+    return tensors, meta
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hex SHA-256 of names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

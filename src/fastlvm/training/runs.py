@@ -12,6 +12,7 @@ import torch
 
 from fastlvm.data import Space
 from fastlvm.errors import InputError, IntegrityError
+from fastlvm.evaluation.baselines import fit_decay
 from fastlvm.files import atomic_folder, read_json, write_json
 from fastlvm.models import ModelConfig, create
 from fastlvm.training import checkpoint
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 CONFIG, SPACE, HISTORY = "config.json", "space.safetensors", "history.json"
 LAST, BEST = "last.safetensors", "best.safetensors"
-DECAYS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-DECAY_WINDOWS = 4000
 
 
 def request(
@@ -90,7 +89,7 @@ def open_run(
     else:
         space = Space.fit_articles(payload, windows.articles("train"))
     if fit:
-        decay = fit_decay(payload, windows, space, options.seed)
+        decay = fit_decay(payload, windows.rows("train"), space, seed=options.seed)
         identity["model"] = config.replace(decay=decay).to_dict()
     identity["space_id"] = space.id
     with atomic_folder(out) as folder:
@@ -139,28 +138,6 @@ def read_space(run: Path, config: dict[str, Any]) -> Space:
     return space
 
 
-def fit_decay(payload: Payload, windows: Windows, space: Space, seed: int) -> float:
-    """The recency decay among `DECAYS` with the lowest mean log rank of the target on a sample of the training windows.
-
-    Ranks are taken over the whole payload in the space, context excluded. The log rank is judged because it varies less
-    from sample to sample than R@5 or the reciprocal rank, whose maximum is flat.
-    """
-    from fastlvm.evaluation.metrics import exact_ranks
-
-    rows = sample(windows.rows("train"), DECAY_WINDOWS, seed)
-    pool = space.apply(payload.take(np.arange(len(payload))))
-    context = pool[rows[:, :-1]]  # [n, L, dim]
-    age = np.arange(context.shape[1] - 1, -1, -1, dtype=np.float32)
-    best, chosen = np.inf, DECAYS[0]
-    for decay in DECAYS:
-        mixed = np.einsum("nld,l->nd", context, decay**age, dtype=np.float32)
-        mixed /= np.linalg.norm(mixed, axis=1, keepdims=True).clip(1e-12)
-        ranks = exact_ranks(mixed, pool, rows[:, -1], rows[:, :-1], payload.groups)
-        if (mean := float(np.mean(np.log(ranks)))) < best:
-            best, chosen = mean, decay
-    return chosen
-
-
 def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     """At most `most` rows of `rows`, drawn once by `seed`, in their own order."""
     if len(rows) <= most:
@@ -175,11 +152,13 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], S
     """
     run = Path(path)
     config = read_config(run)
-    model = create(ModelConfig.from_dict(config["model"]))
     tensors, meta = checkpoint.load(run / BEST)
-    for field in ("payload_id", "space_id"):
-        if meta.get(field) != config[field]:
-            raise IntegrityError(f"{run / BEST} has {field} {meta.get(field)}, and {CONFIG} has {config[field]}")
+    for field in ("model", "payload_id", "windows_id", "space_id"):
+        if meta.get(field) != config.get(field):
+            raise IntegrityError(
+                f"{run / BEST} and {CONFIG} beside it differ in {field}, so they are of two runs: train again"
+            )
+    model = create(ModelConfig.from_dict(config["model"]))
     checkpoint.load_weights(model, tensors, run / BEST)
     return model.eval(), config, read_space(run, config)
 
