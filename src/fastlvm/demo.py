@@ -22,8 +22,23 @@ if TYPE_CHECKING:
 SPLIT = (0.6, 0.1, 0.3)
 SEED = 0
 DERIVED = {"index": "index.json", "artifact": "config.json"}  # made from the run, anew every time; and their records
-MODEL: dict[str, Any] = {"d_model": 256, "n_layers": 4, "d_state": 16}
-TRAINING: dict[str, Any] = {"epochs": 8, "patience": 3}
+MODEL = "mamba-s"
+# Chosen by cross-validation over the articles that are not in the test split.
+SETTINGS: dict[str, Any] = {
+    "d_model": 256,
+    "n_layers": 4,
+    "d_state": 16,
+    "dropout": 0.3,
+    "epochs": 4,
+    "patience": 3,
+    "lr": 5e-5,
+    "warmup_steps": 15,
+    "temperature": 0.05,
+    "infonce_weight": 1.0,
+    "false_negatives": "group",
+    "context_dropout": 0.0,
+    "span_corruption": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,25 +69,28 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
     ]
     say(f"windows: {', '.join(counts)}; articles in two splits: {windows.article_overlap()}")
 
-    summary = train("mamba-s", payload, windows, out / "run", resume=True, progress=progress, **MODEL, **TRAINING)
+    summary = train(MODEL, payload, windows, out / "run", resume=True, progress=progress, **SETTINGS)
     _, _, space = load_run(out / "run")
     for name in DERIVED:
         if (out / name).exists():
             shutil.rmtree(out / name)
     Index.build(payload, space=space).save(out / "index")
     export(out / "run", out / "artifact", index=out / "index", payload=payload, windows=windows)
-    report = workflow.evaluate_paths([out / "artifact"], payload, windows, name="sample payload", say=say)
+    report = workflow.evaluate_paths(
+        [out / "artifact"], payload, windows, name="sample payload", names=[MODEL], say=say
+    )
     workflow.write_report(report, out, say)
     return Demo(payload, windows, summary, Predictor.load(out / "artifact"), report)
 
 
 def example(demo: Demo, k: int = 3) -> list[tuple[str, str]]:
-    """(what, text) of one test window: the last chunk read, the true next one and the k best retrieved."""
+    """(what, text) of one test window that went well: the last chunk read and the k best retrieved."""
     rows = demo.windows.rows("test")
     found = demo.predictor.search(demo.payload.take(rows[:, :-1]), k=k, exclude=rows[:, :-1])
     hits = np.flatnonzero(found.ids[:, 0] == demo.payload.groups[rows[:, -1]])
     window = int(hits[len(hits) // 2]) if len(hits) else 0
-    lines = [("last chunk read", demo.payload.text(int(rows[window, -2])) or "")]
+    lines = [("example", f"one of the {len(hits):,} windows of {len(rows):,} whose next chunk came first")]
+    lines.append(("last chunk read", demo.payload.text(int(rows[window, -2])) or ""))
     for rank, row in enumerate(found.ids[window], start=1):
         mark = ", the true next chunk" if row == demo.payload.groups[rows[window, -1]] else ""
         lines.append((f"retrieved {rank}{mark}", demo.payload.text(int(row)) or ""))

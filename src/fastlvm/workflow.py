@@ -60,16 +60,21 @@ def evaluate_paths(
     limit: int | None = None,
     seed: int = 0,
     name: str | None = None,
+    names: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Evaluate runs and artifacts beside the baselines; for artifacts also the time one query takes, batch 1."""
+    """Evaluate runs and artifacts beside the baselines; for artifacts also the time one query takes, batch 1.
+
+    name: how the report calls the payload; names: how it calls the models. None takes those of the folders.
+    """
     from fastlvm import get_num_threads
     from fastlvm.evaluation import evaluate, measure_retrieval
 
     for at, path in enumerate(paths):
         if any(path.resolve() == other.resolve() for other in paths[:at]):
             raise InputError(f"{path} is named twice: name every run and artifact once")
-    opened = [_open(path, model_name(path, paths), payload) for path in paths]
+    called = names or [model_name(path, paths) for path in paths]
+    opened = [_open(path, own, payload) for path, own in zip(paths, called, strict=True)]
     rankers = [ranker for ranker, _ in opened]
     report = evaluate(rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, progress=say)
     contexts = payload.take(windows.rows(split)[:LATENCY_CONTEXTS, :-1])

@@ -69,14 +69,14 @@ def test_random_draws_payload_rows_and_repeats_with_the_seed(payload, context):
 def test_the_decay_is_the_best_of_those_tried(payload, windows, monkeypatch):
     train = windows.rows("train")
     pool, groups = payload.take(np.arange(len(payload))), np.asarray(payload.groups)
-    recalls = []
+    log_ranks = []
     for decay in baselines.DECAYS:
         predictions = baselines.mixture(decay, name="m").predict(payload.take(train[:, :5]))
-        recalls.append(np.mean(exact_ranks(predictions, pool, train[:, -1], train[:, :-1], groups) <= 5))
+        log_ranks.append(np.mean(np.log(exact_ranks(predictions, pool, train[:, -1], train[:, :-1], groups))))
+    best = baselines.DECAYS[int(np.argmin(log_ranks))]
+    assert baselines.fit_decay(payload, train) == best
     chosen = baselines.fitted_mixture(Pools(payload), train, None, seed=0)
-    assert chosen.note.startswith(
-        f"decay {baselines.DECAYS[int(np.argmax(recalls))]:g}, chosen on {len(train)} training"
-    )
+    assert chosen.note.startswith(f"decay {best:g}, chosen on {len(train)} training")
 
 
 def test_ridge_is_the_closed_form(payload, windows, monkeypatch):

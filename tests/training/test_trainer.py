@@ -258,7 +258,7 @@ def test_a_config_and_its_decay_are_taken_as_given(payload, windows, tmp_path):
 def test_decay_is_fitted_on_training_windows(tmp_path):
     """Every chunk is the mixture of the five before it, with decay 0.6, and some noise."""
     from fastlvm.data import Payload, Space
-    from fastlvm.training.runs import fit_decay
+    from fastlvm.evaluation.baselines import fit_decay
 
     rng = np.random.default_rng(0)
     vectors, keys = [], []
@@ -273,4 +273,4 @@ def test_decay_is_fitted_on_training_windows(tmp_path):
         tmp_path / "p", np.array(vectors, np.float32), np.array(keys, np.int32), encoder="synthetic"
     )
     windows = Windows.build(payload, split=(0.8, 0.1, 0.1))
-    assert 0.4 <= fit_decay(payload, windows, Space.identity(64), seed=0) <= 0.8
+    assert 0.4 <= fit_decay(payload, windows.rows("train"), Space.identity(64)) <= 0.8

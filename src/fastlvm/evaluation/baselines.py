@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.evaluation.ranker import Pool, Pools, Ranker, predict_all, rank_windows
 
-DECAYS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""Recency decays tried: 0 is copy-last, 1 the mean."""
+DECAYS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""Recency decays tried: 1 is the mean, near 0 copy-last."""
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the inputs' covariance."""
 
 _FIT_BLOCK = 4096
-_BUDGET = 15_000_000  # query × pool rows scored per candidate while choosing decay and penalty
-
-
-class Chosen(NamedTuple):
-    """A candidate's value and its R@5 on the windows it was chosen on."""
-
-    value: float
-    recall: float
+_FULL_SAMPLE = 15_000  # pool rows up to which a candidate is judged on as many windows as asked for
+_LEAST_SAMPLE = 200
 
 
 def fit_baselines(payload: Payload, windows: Windows, space: Space | None = None, *, seed: int = 0) -> list[Ranker]:
     """Every baseline the windows allow to fit, in the order of a report.
 
     Without training windows only random, copy-last and mean are left. space: the whitening of the "whitened" ones; None
-    fits one on the training articles. The decay of the mixtures is the one of best R@5 on a sample of training windows,
-    the ridge penalty the one of best R@5 on a sample of validation windows (training windows where there are none).
+    fits one on the training articles. `fit_decay` gives the mixtures their decay; the ridge penalty is the
+    one of best R@5 on a sample of validation windows (training windows where there are none).
     """
     train = windows.rows("train")
     result = [random_rows(payload, seed=seed)]
@@ -100,12 +93,26 @@ def mixture(decay: float, space: Space | None = None, *, name: str, note: str = 
     return Ranker(name, predict, space, "baseline", note)
 
 
+def fit_decay(payload: Payload, train: np.ndarray, space: Space | None = None, *, seed: int = 0) -> float:
+    """The decay among `DECAYS` with the lowest mean log rank of the target on a sample of training windows [n, L + 1].
+
+    Ranks are over the whole payload in the space, context excluded. The log rank is judged because it varies less from
+    sample to sample than R@5 or the reciprocal rank, whose maximum is flat.
+    """
+    return _fit_decay(Pools(payload), train, space, seed)[0]
+
+
 def fitted_mixture(pools: Pools, train: np.ndarray, space: Space | None, *, seed: int) -> Ranker:
-    """`mixture` with the decay of best R@5 on a sample of training windows [n, L + 1]."""
-    rows = _sample(train, len(pools.payload), seed)
-    best = _best(pools, rows, space, DECAYS, lambda decay: mixture(decay, space, name="candidate"))
+    """`mixture` with the decay `fit_decay` finds."""
+    decay, count = _fit_decay(pools, train, space, seed)
     name = "recency mixture" if space is None else "whitened mixture"
-    return mixture(best.value, space, name=name, note=f"decay {best.value:g}, chosen on {len(rows)} training windows")
+    return mixture(decay, space, name=name, note=f"decay {decay:g}, chosen on {count} training windows")
+
+
+def _fit_decay(pools: Pools, train: np.ndarray, space: Space | None, seed: int) -> tuple[float, int]:
+    rows = _sample(train, len(pools.payload), seed, most=4000)
+    candidates = {decay: mixture(decay, space, name="candidate") for decay in DECAYS}
+    return _best(pools, rows, space, candidates, lambda ranks: -float(np.mean(np.log(ranks)))), len(rows)
 
 
 def fitted_ridge(pools: Pools, train: np.ndarray, judged: np.ndarray, space: Space | None, *, seed: int) -> Ranker:
@@ -117,7 +124,7 @@ def fitted_ridge(pools: Pools, train: np.ndarray, judged: np.ndarray, space: Spa
     """
     mean, xx, xy = _moments(pools.of(space), train)
     scale = float(np.trace(xx)) / len(xx)
-    rows = _sample(judged, len(pools.payload), seed)
+    rows = _sample(judged, len(pools.payload), seed, most=1000)
     diagonal = np.diag_indices(len(xx))
     maps: dict[float, np.ndarray] = {}
     added = 0.0
@@ -126,10 +133,11 @@ def fitted_ridge(pools: Pools, train: np.ndarray, judged: np.ndarray, space: Spa
         added = penalty * scale
         maps[penalty] = np.linalg.solve(xx.astype(np.float32), xy.astype(np.float32))
     del xx, xy
-    best = _best(pools, rows, space, PENALTIES, lambda penalty: _linear(maps[penalty], mean, space, "candidate"))
+    candidates = {penalty: _linear(maps[penalty], mean, space, "candidate") for penalty in PENALTIES}
+    best = _best(pools, rows, space, candidates, lambda ranks: float(np.mean(ranks <= 5)))
     where = "training" if judged is train else "validation"
-    note = f"λ {best.value:g}, chosen on {len(rows)} {where} windows"
-    return _linear(maps[best.value], mean, space, "ridge" if space is None else "whitened ridge", note)
+    note = f"λ {best:g}, chosen on {len(rows)} {where} windows"
+    return _linear(maps[best], mean, space, "ridge" if space is None else "whitened ridge", note)
 
 
 def _linear(weights: np.ndarray, mean: np.ndarray, space: Space | None, name: str, note: str = "") -> Ranker:
@@ -162,19 +170,22 @@ def _moments(pool: Pool, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return mean[:-1].reshape(-1), xx, xy
 
 
-def _sample(rows: np.ndarray, pool_rows: int, seed: int) -> np.ndarray:
-    """Up to 1,000 windows, fewer on a large payload, so that one candidate costs about the same everywhere."""
-    count = min(len(rows), max(200, min(1000, _BUDGET // pool_rows)))
+def _sample(rows: np.ndarray, pool_rows: int, seed: int, *, most: int) -> np.ndarray:
+    """Up to `most` windows, fewer on a large payload, so that one candidate costs about the same everywhere."""
+    count = min(len(rows), max(_LEAST_SAMPLE, min(most, most * _FULL_SAMPLE // pool_rows)))
     chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
     return rows[np.sort(chosen)]
 
 
 def _best(
-    pools: Pools, rows: np.ndarray, space: Space | None, values: Sequence[float], make: Callable[[float], Ranker]
-) -> Chosen:
-    """The value whose ranker has the best R@5 on the windows `rows`, the first of equals."""
-    predictions = [predict_all(make(value), pools.payload, rows[:, :-1]) for value in values]
+    pools: Pools,
+    rows: np.ndarray,
+    space: Space | None,
+    candidates: Mapping[float, Ranker],
+    score: Callable[[np.ndarray], float],
+) -> float:
+    """The value whose ranker's ranks on the windows `rows` have the highest score, the first of equals."""
+    predictions = [predict_all(ranker, pools.payload, rows[:, :-1]) for ranker in candidates.values()]
     ranks = rank_windows(predictions, pools.of(space), rows, np.asarray(pools.payload.groups))
-    recalls = [float(np.mean(r.excluded <= 5)) for r in ranks]
-    best = int(np.argmax(recalls))
-    return Chosen(values[best], recalls[best])
+    scores = [score(found.excluded) for found in ranks]
+    return list(candidates)[int(np.argmax(scores))]
