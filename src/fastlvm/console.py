@@ -34,7 +34,8 @@ def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[.
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
-                sys.stdout.flush()
+                if sys.stdout is not None:  # as it is where the descriptor was closed
+                    sys.stdout.flush()
             except FastlvmError as error:
                 _leave(str(error), error.exit_code)
             except KeyboardInterrupt as error:
@@ -68,10 +69,10 @@ def _leave(message: str, code: int) -> NoReturn:
 
 def _drop_output() -> None:
     """Whatever standard output cannot take: without this the interpreter would try again on leaving, and complain."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         return
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -111,11 +112,21 @@ def _writing(target: Path, temporary: Path) -> Iterator[None]:
     """An error of writing `temporary`, as one that names `target`."""
     try:
         yield
+    except InputError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(temporary), str(target))) from error
     except OSError as error:
         ours = isinstance(error.filename, str | Path) and str(error.filename).startswith(str(temporary))
         if not ours and error.errno not in _CANNOT_WRITE:
             raise
         raise InputError(f"{target} cannot be written ({error.strerror}): make room or name another place") from error
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises no OSError, it only tells of one
+        if found is None:
+            raise
+        why = os.strerror(int(found[1]))
+        raise InputError(f"{target} cannot be written ({why}): make room or name another place") from error
 
 
 def check_new_folder(target: str | os.PathLike[str]) -> None:

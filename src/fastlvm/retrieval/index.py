@@ -6,6 +6,7 @@ On disk an index is a folder: `index.faiss`, `keys.npy`, `groups.npy`, `space.sa
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,10 @@ class Index:
         import faiss
 
         with atomic_folder(folder) as path:
-            faiss.write_index(self._faiss, str(path / "index.faiss"))
+            try:
+                faiss.write_index(self._faiss, str(path / "index.faiss"))
+            except RuntimeError as error:  # which is how FAISS says that the disk is full
+                raise OSError(errno.EIO, "FAISS could not write its index") from error
             np.save(path / "keys.npy", self._keys, allow_pickle=False)
             np.save(path / "groups.npy", self._groups, allow_pickle=False)
             if self._own_space:
