@@ -13,7 +13,7 @@
 
 namespace fastlvm::FASTLVM_ISA::ssm {
 
-constexpr int64_t work_worth_sharing = 1 << 15;  // elements B·D·N·L
+constexpr int64_t work_worth_sharing = 1 << 17;  // elements B·D·N·L: about 0.1 ms of one core
 
 inline int64_t common_multiple(int64_t a, int64_t b) {
   int64_t x = a, y = b;

@@ -84,7 +84,7 @@ class Backward {
         g_(cut(args.forward)),
         rows_(in_.batch * in_.dim),
         state_size_(rows_ * g_.padded) {
-    share_ = rows_ * larger(1, in_.state) * in_.length > work_worth_sharing / 2;
+    share_ = rows_ * larger(1, in_.state) * in_.length > work_worth_sharing / 4;
     const int64_t per_step = 2 * g_.tasks(in_.batch) * larger(1, g_.padded);
     constexpr int64_t budget = 1 << 23;  // elements of the partial sums of dB and dC
     span_ = larger(1, smaller(in_.length, larger(1, budget / larger(1, per_step * g_.chunk)) * g_.chunk));

@@ -19,7 +19,7 @@ from .cases import Conv, Scan, gradients
 # Enough work that two threads share it, and sizes that do not divide evenly.
 CASES = [
     (fastlvm.ssm_scan, Scan(batch=3, channels=37, state=33, length=50, B=1, C="dn")),
-    (fastlvm.ssm_scan, Scan(batch=1, channels=64, state=128, length=5)),
+    (fastlvm.ssm_scan, Scan(batch=1, channels=256, state=128, length=5)),
     (fastlvm.causal_conv1d, Conv(batch=3, channels=37, length=301)),
 ]
 
