@@ -34,8 +34,6 @@ def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[.
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
-                if sys.stdout is not None:  # as it is where the descriptor was closed
-                    sys.stdout.flush()
             except FastlvmError as error:
                 _leave(str(error), error.exit_code)
             except KeyboardInterrupt as error:

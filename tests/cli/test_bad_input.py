@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
-from cli.conftest import DIM, listing, refused
+from cli.conftest import DIM, listing, ok, refused
 
 # name of a wrong file or folder -> how it is made in a test's folder
 WRONG = {
@@ -277,3 +280,35 @@ def test_refused(line, inputs, made, tmp_path, monkeypatch):
     before = listing(tmp_path), listing(made.root)
     assert CASES[line] in refused(*args)
     assert (listing(tmp_path), listing(made.root)) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is reserved on Linux alone")
+def test_no_room_for_vectors(made, tmp_path, monkeypatch):
+    from fastlvm import Payload
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    args = [
+        "payload",
+        "build",
+        "--vectors",
+        made.vectors,
+        "--keys",
+        made.keys,
+        "--encoder",
+        "e",
+        "--out",
+        tmp_path / "p",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert f"{tmp_path / 'p'} cannot be written (No space left on device)" in refused(*args)
+        assert listing(tmp_path) == {}
+
+        def unable(*_):
+            raise OSError(errno.EOPNOTSUPP, "not on this file system")
+
+        patch.setattr(os, "posix_fallocate", unable)
+        ok(*args)
+    Payload.open(tmp_path / "p").verify()

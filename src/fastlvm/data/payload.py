@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from pathlib import Path
@@ -306,6 +307,7 @@ def _write_vectors(path: Path, vectors: np.ndarray, order: np.ndarray, lengths: 
     shape = (len(order), vectors.shape[1])
     stored = _stored_dtype(vectors)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=stored, shape=shape)
+    _reserve(path)
     for part in table.blocks(*shape):
         rows = order[part]
         block = np.asarray(vectors[rows])
@@ -317,6 +319,18 @@ def _write_vectors(path: Path, vectors: np.ndarray, order: np.ndarray, lengths: 
     out.flush()
     groups = table.duplicate_groups(out)
     return int(np.count_nonzero(groups != np.arange(len(groups))))
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk's room for a mapped file now: where it is missing, writing to the map would kill the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems that cannot
+                raise
 
 
 def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:

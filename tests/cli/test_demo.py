@@ -1,0 +1,59 @@
+"""The demo, on a small payload in place of the sample one."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from cli.conftest import fastlvm, listing, refused
+from fastlvm import Index, Payload, demo, training
+
+
+@pytest.fixture
+def small(made, monkeypatch, tmp_path):
+    """A demo of a second: small payload, small model, one epoch."""
+    payload = Payload.open(made.payload)
+    monkeypatch.setattr(Payload, "sample", lambda: payload)
+    quick = {"d_model": 32, "n_layers": 1, "d_state": 4, "epochs": 1, "batch_size": 16}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **quick})
+    return tmp_path / "demo"
+
+
+def test_demo(small):
+    result = fastlvm("demo", "--out", small)
+    assert result.code == 0, result
+    for words in ("validation R@5", "whitened mixture", "latency, batch 1", "last chunk read: chunk ", "retrieved 1"):
+        assert words in result.out, words
+    for name in ("windows.npz", "run", "index", "artifact", "report.json", "report.png"):
+        assert (small / name).exists() and str(small / name) in result.out
+    assert "articles in two splits: 0" in result.err and "epoch   1" in result.err
+
+    weights = (small / "run" / "best.safetensors").read_bytes()
+    again = fastlvm("demo", "--out", small)  # nothing is trained again
+    assert again.code == 0 and "epoch" not in again.err
+    assert (small / "run" / "best.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("name", ["windows.npz", "index", "artifact"])
+def test_a_demo_removes_nothing_that_is_not_its_own(name, small, made, other_payload):
+    small.mkdir()
+    if name == "windows.npz":
+        (small / name).write_text("mine")
+    elif name == "index":
+        Index.build(other_payload).save(small / name)
+    else:
+        shutil.copytree(made.run, small / name)
+    before = listing(small)
+    assert f"{small / name} is not the demo's own" in refused("demo", "--out", small)
+    assert listing(small) == before
+
+
+def test_an_interrupted_demo_says_how_to_go_on(small, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stopped)
+    result = fastlvm("demo", "--out", small)
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == f"fastlvm: interrupted; the same command goes on from what {small} holds"
