@@ -163,13 +163,3 @@ def test_info():
     printed = ok("info")
     for word in ("fastlvm", "instruction set", "threads", "numpy", "ssm_scan cpu", "ssm_scan reference"):
         assert word in printed
-
-
-def test_a_missing_extra_is_named(made, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastlvm.training", None)
-
-    def absent(*_):
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
-
-    monkeypatch.setattr(Payload, "open", absent)
-    assert refused("payload", "info", made.payload) == "this needs torch: pip install 'fastlvm[torch]'"

@@ -184,3 +184,15 @@ def test_a_terminal_that_knows_no_unicode(made):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=60
     )
     assert result.returncode == 0 and result.stdout == "\\u2026\\udcff\n", result.stderr
+
+
+def test_without_torch(made, tmp_path):
+    def command(*args):
+        code = f"import sys; sys.modules['torch'] = None; sys.argv = {['fastlvm', *map(str, args)]!r}; "
+        return run(sys.executable, "-c", code + "from fastlvm.cli import main; main()")
+
+    found = command("predict", made.artifact, "--context", made.context, "-k", 2)
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 3, found.stderr
+    refused = command(*train(made, tmp_path / "run"))
+    assert (refused.returncode, refused.stderr) == (2, "fastlvm: this needs torch: pip install 'fastlvm[torch]'\n")
+    assert not (tmp_path / "run").exists()
