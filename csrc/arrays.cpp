@@ -184,7 +184,7 @@ void check_output(const Array& array, DType dtype) {
       reject(array, "stride 0 on axis " + std::to_string(i), "an array whose elements have a place each");
 }
 
-void check_gradient(const Array& array, bool float64) {
+void check_dense(const Array& array, bool float64) {
   if (!array) return;
   const TensorView& view = array.view();
   check_output(array, float64 ? DType::f64 : DType::f32);

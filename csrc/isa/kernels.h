@@ -4,6 +4,7 @@
 #include "ops/causal_conv1d.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
+#include "predictor/linear.h"
 
 #define FASTLVM_TEXT_OF(x) #x
 #define FASTLVM_TEXT(x) FASTLVM_TEXT_OF(x)
@@ -24,7 +25,7 @@ inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
   args.forward.float64 ? conv::backward<Double>(args) : conv::backward<Vec>(args);
 }
 
-inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA), ssm_scan, ssm_scan_bwd, causal_conv1d,
-                                    causal_conv1d_bwd};
+inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,       ssm_scan_bwd, causal_conv1d,
+                                    causal_conv1d_bwd,         linear::forward};
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -44,12 +44,21 @@ struct CausalConv1dBwd {
   TensorView dx, dweight, dbias, dinitial_state;
 };
 
+// y = x Wᵀ; everything contiguous.
+struct Linear {
+  int64_t rows, inputs, outputs;
+  const float* x;       // [rows, inputs]
+  const float* weight;  // [outputs, inputs]
+  float* y;             // [rows, outputs]
+};
+
 struct Kernels {
   const char* name;
   void (*ssm_scan)(const SsmScan&);
   void (*ssm_scan_bwd)(const SsmScanBwd&);
   void (*causal_conv1d)(const CausalConv1d&);
   void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
+  void (*linear)(const Linear&);
 };
 
 // One per object in isa/; null where the target architecture or the compiler lacks the instructions.

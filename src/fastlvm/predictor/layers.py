@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastlvm import _C
+from fastlvm.data import Space
 from fastlvm.errors import InputError
 from fastlvm.ops import causal_conv1d, ssm_scan
 
@@ -265,8 +267,19 @@ def _swap(x: np.ndarray) -> np.ndarray:
 
 
 def _linear(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[..., inputs] → [..., outputs] as one matrix product."""
-    return (h.reshape(-1, h.shape[-1]) @ weight.T).reshape(*h.shape[:-1], len(weight))
+    """[..., inputs] → [..., outputs]. Not numpy's product: its BLAS keeps threads spinning where the kernels' run."""
+    rows = np.ascontiguousarray(h.reshape(-1, h.shape[-1]), dtype=np.float32)
+    out = np.empty((len(rows), len(weight)), np.float32)
+    _C.linear(rows, weight, out)
+    return out.reshape(*h.shape[:-1], len(weight))
+
+
+def into_space(space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    """`space.apply` for float32 [..., dim], without numpy's matrix product."""
+    if space.id == Space.identity(space.dim).id:
+        return space.apply
+    weight = np.ascontiguousarray(space.matrix.T)
+    return lambda v: l2_norm(_linear(v - space.mean, weight))
 
 
 def _rms_norm(h: np.ndarray, weight: np.ndarray, eps: np.float32) -> np.ndarray:

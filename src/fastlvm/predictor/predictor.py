@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlvm.errors import InputError
 from fastlvm.predictor import artifact
+from fastlvm.predictor.layers import into_space
 from fastlvm.retrieval import Index
 from fastlvm.retrieval.index import MOST_THREADS
 
@@ -39,6 +40,7 @@ class Predictor:
     def __init__(self, parts: artifact.Artifact) -> None:
         self._parts = parts
         self._forward = parts.forward
+        self._into_space = into_space(parts.index.space)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> Predictor:
@@ -67,7 +69,7 @@ class Predictor:
         vectors, naming the window and position.
         """
         raw, single = self._checked(context)
-        predicted = self._forward(self.index.space.apply(raw))
+        predicted = self._forward(self._into_space(raw))
         return predicted[0] if single else predicted
 
     def search(self, context: np.ndarray, k: int = 50, exclude: np.ndarray | str | None = None) -> Found:
@@ -78,7 +80,7 @@ class Predictor:
         duplicate group. Raises InputError for a wrong context, k or exclude.
         """
         raw, single = self._checked(context)
-        moved = self.index.space.apply(raw)
+        moved = self._into_space(raw)
         if isinstance(exclude, str):
             if exclude != "context":
                 raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
