@@ -7,6 +7,7 @@ On real text vectors a few directions carry most of the variance and tell docume
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from fastlvm.files import atomic_file, sha256_json
 if TYPE_CHECKING:
     from fastlvm.data.payload import Payload
 
+_META = "fastlvm"
 _FORMAT = "fastlvm-space-1"
 
 
@@ -162,13 +164,15 @@ class Space:
         """Write the space as safetensors, atomically."""
         from safetensors.numpy import save_file
 
-        metadata = {
+        record = {
             "format": _FORMAT,
             "id": self.id,
-            "power": repr(self.power),
-            "payload_id": self.payload_id or "",
+            "power": self.power,
+            "payload_id": self.payload_id,
             "fitted_on": self.fitted_on,
         }
+        # a single key: several would be written in an order that changes from run to run
+        metadata = {_META: json.dumps(record)}
         with atomic_file(path) as temporary:
             save_file({"mean": self.mean, "matrix": self.matrix}, str(temporary), metadata=metadata)
 
@@ -183,8 +187,8 @@ class Space:
         remedy = "restore it or fit the space again"
         try:
             with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                record = _record(file.metadata())
+                if record.get("format") != _FORMAT:
                     raise InputError(f"{path} is not a space of fastlvm: name a space.safetensors")
                 mean, matrix = file.get_tensor("mean"), file.get_tensor("matrix")
         except (SafetensorError, OSError) as error:
@@ -193,12 +197,21 @@ class Space:
             space = cls(
                 mean,
                 matrix,
-                power=float(metadata.get("power", "nan")),
-                payload_id=metadata.get("payload_id") or None,
-                fitted_on=metadata.get("fitted_on", ""),
+                power=float(record["power"]),
+                payload_id=record["payload_id"],
+                fitted_on=record["fitted_on"],
             )
-        except ValueError as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged ({error}): {remedy}") from error
-        if mean.dtype != np.float32 or matrix.dtype != np.float32 or space.id != metadata.get("id"):
-            raise IntegrityError(f"{path} holds other numbers than its id {metadata.get('id')!r} stands for: {remedy}")
+        if mean.dtype != np.float32 or matrix.dtype != np.float32 or space.id != record.get("id"):
+            raise IntegrityError(f"{path} holds other numbers than its id {record.get('id')!r} stands for: {remedy}")
         return space
+
+
+def _record(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What `save` wrote beside the tensors; empty where it is something else."""
+    try:
+        record = json.loads((metadata or {}).get(_META, "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}

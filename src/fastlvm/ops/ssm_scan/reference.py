@@ -11,23 +11,15 @@ batch and channel, with state h in R^N:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastlvm.ops import _arrays
+from fastlvm.ops._plain import describe, supports
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def supports(u: Any, *args: Any) -> tuple[bool, str]:
-    if find_spec("torch") is None:
-        return False, "torch is not installed"
-    return True, describe()
-
-
-def describe() -> str:
-    return "plain PyTorch"
+__all__ = ["describe", "run", "scan", "supports"]
 
 
 def run(*args: Any) -> tuple[Any, ...]:
