@@ -47,7 +47,7 @@ void check_shape(const Array& array, const std::string& axes, const Sizes& sizes
 void check_rank(const Array& array, const std::string& axes);
 void check_projection(const Array& array, const Sizes& sizes);  // (D, N), (B, N, L) or (B, G, N, L)
 void check_input_dtype(const Array& array, bool float64);
-void check_output(const Array& array, DType dtype);     // no two elements in one place
+void check_output(const Array& array, DType dtype);  // no two elements in one place
 void check_dense(const Array& array, bool float64);  // float32 (float64), contiguous
 
 // A (B, N, L) projection as (B, 1, N, L).
