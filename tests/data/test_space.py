@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -160,3 +162,17 @@ def test_files_with_wrong_arrays_are_refused(tmp_path, vectors, change):
     save_file(arrays, str(path), metadata=metadata)
     with pytest.raises(IntegrityError, match=r"space\.safetensors"):
         Space.load(path)
+
+
+def test_saving_writes_under_no_name_but_its_own_temporary(tmp_path, monkeypatch):
+    seen = []
+    write = Path.write_bytes
+
+    def noting(path, data):
+        written = write(path, data)
+        seen.append(sorted(p.name for p in tmp_path.iterdir()))
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", noting)
+    Space.fit(np.random.default_rng(0).standard_normal((20, 4), dtype=np.float32)).save(tmp_path / "space.safetensors")
+    assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0].startswith(".space.safetensors.tmp-")

@@ -137,8 +137,8 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def run(out, where):
-    def half(tensors, path, **kwargs):
-        save(tensors, path, **kwargs)
+    def half(tensors, path, metadata):
+        save(tensors, path, metadata)
         if where in os.path.basename(path) and os.path.exists(f"{out}/history.json"):
             with open(path, "r+b") as file:
                 file.truncate(os.path.getsize(path) // 2)
@@ -250,3 +250,12 @@ def test_damaged_files_are_refused(payload, windows, tmp_path):
         load_run(out)
     with pytest.raises(InputError, match="is no run folder"):
         load_run(tmp_path / "nothing")
+
+
+def test_a_checkpoint_is_written_in_place_not_under_another_name(tmp_path):
+    """A file written elsewhere and moved has another inode, and a kill in between would leave it behind."""
+    path = tmp_path / "file"
+    path.touch()
+    before = path.stat().st_ino
+    checkpoint.save_file({"w": torch.zeros(2)}, path, {"key": "value"})
+    assert path.stat().st_size and path.stat().st_ino == before

@@ -162,7 +162,7 @@ class Space:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the space as safetensors, atomically."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         record = {
             "format": _FORMAT,
@@ -174,7 +174,8 @@ class Space:
         # a single key: several would be written in an order that changes from run to run
         metadata = {_META: json.dumps(record)}
         with atomic_file(path) as temporary:
-            save_file({"mean": self.mean, "matrix": self.matrix}, str(temporary), metadata=metadata)
+            # not save_file: it writes under a temporary name of its own, which a kill would leave in the folder
+            temporary.write_bytes(save({"mean": self.mean, "matrix": self.matrix}, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Space:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from fastlvm.errors import InputError, IntegrityError
@@ -34,7 +34,12 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[st
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({**meta, _DIGEST: _digest(plain)}, sort_keys=True, allow_nan=False)
     with atomic_file(path) as temporary:
-        save_file(plain, str(temporary), metadata={_META: text})
+        save_file(plain, temporary, {_META: text})
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' own save_file writes under a temporary name of its own, which a kill would leave in the folder."""
+    path.write_bytes(serialise(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
