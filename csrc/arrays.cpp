@@ -1,5 +1,6 @@
 #include "arrays.h"
 
+#include <cstring>
 #include <stdexcept>
 
 #include "common/dlpack.h"
@@ -207,6 +208,41 @@ TensorView projection_view(const Array& array) {
   view.shape[1] = 1;
   view.stride[1] = 0;
   return view;
+}
+
+std::vector<int64_t> read_integers(const char* name, py::handle array) {
+  if (array.is_none()) return {};
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(array.ptr(), &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) throw py::error_already_set();
+  std::vector<int64_t> values;
+  const std::string format = buffer.format ? buffer.format : "";
+  const bool wide = buffer.itemsize == 8, taken = format == "i" || format == "l" || format == "q";
+  const bool vector = buffer.ndim == 1;
+  for (Py_ssize_t i = 0; taken && vector && i < buffer.shape[0]; ++i) {
+    const char* const at = static_cast<const char*>(buffer.buf) + i * buffer.strides[0];
+    int64_t value = 0;
+    int32_t narrow = 0;
+    wide ? std::memcpy(&value, at, sizeof value) : std::memcpy(&narrow, at, sizeof narrow);
+    values.push_back(wide ? value : narrow);
+  }
+  PyBuffer_Release(&buffer);
+  if (!taken || !vector) throw std::invalid_argument(std::string(name) + ": wants a vector of int32 or int64");
+  return values;
+}
+
+std::vector<int64_t> read_offsets(py::handle cu_seqlens, int64_t length) {
+  const std::vector<int64_t> offsets = read_integers("cu_seqlens", cu_seqlens);
+  if (cu_seqlens.is_none()) return offsets;
+  const auto fail = [](const std::string& got) { throw std::invalid_argument("cu_seqlens: " + got); };
+  if (offsets.empty()) fail("got no elements, wants the offsets of the sequences, 0 first");
+  if (offsets.front() != 0) fail("begins with " + std::to_string(offsets.front()) + ", wants 0");
+  for (size_t i = 1; i < offsets.size(); ++i)
+    if (offsets[i] < offsets[i - 1])
+      fail("falls from " + std::to_string(offsets[i - 1]) + " to " + std::to_string(offsets[i]) +
+           ", wants offsets that do not fall");
+  if (offsets.back() != length)
+    fail("ends with " + std::to_string(offsets.back()) + ", wants the length " + std::to_string(length));
+  return offsets;
 }
 
 }  // namespace fastlvm

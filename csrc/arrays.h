@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -49,6 +50,11 @@ void check_projection(const Array& array, const Sizes& sizes);  // (D, N), (B, N
 void check_input_dtype(const Array& array, bool float64);
 void check_output(const Array& array, DType dtype);  // no two elements in one place
 void check_dense(const Array& array, bool float64);  // float32 (float64), contiguous
+
+// A vector of int32 or int64, from a numpy array; empty for None.
+std::vector<int64_t> read_integers(const char* name, pybind11::handle array);
+// The offsets of packed sequences: 0 first, never falling, `length` last; empty for None.
+std::vector<int64_t> read_offsets(pybind11::handle cu_seqlens, int64_t length);
 
 // A (B, N, L) projection as (B, 1, N, L).
 TensorView projection_view(const Array& array);

@@ -9,7 +9,10 @@ namespace fastlvm {
 // out = (C·h + D u) silu(z), h_t = exp(δ_t A) h_{t-1} + δ_t B_t u_t, δ = softplus(delta + delta_bias).
 struct SsmScan {
   int64_t batch, dim, length, state;  // B, D, L, N
-  bool float64;                       // all arrays are float64, and so is the arithmetic
+  // Packed sequences: sequence b is times [offsets[b], offsets[b + 1]) of arrays of time whose own batch size is 1; the
+  // states are [B, D, N] all the same. Null where every sequence is a batch entry.
+  const int64_t* offsets;
+  bool float64;  // all arrays are float64, and so is the arithmetic
   bool delta_softplus;
   TensorView u, delta, z;    // [B, D, L]
   TensorView A;              // [D, N]
@@ -30,6 +33,7 @@ struct SsmScanBwd {
 // out_t = activation(bias + Σ_k weight_k x_{t - W + 1 + k})
 struct CausalConv1d {
   int64_t batch, dim, length, width;  // B, D, L, W
+  const int64_t* offsets;             // as in SsmScan
   bool float64;
   bool silu;
   TensorView x, out;                      // [B, D, L]

@@ -1,0 +1,74 @@
+// What the bindings of all ops share. Arrays are unwrapped and checked, the GIL is released, a kernel is called.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <exception>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arrays.h"
+#include "common/dispatch.h"
+#include "ops/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastlvm {
+
+void bind_ssm_scan(py::module_& m);
+void bind_causal_conv1d(py::module_& m);
+void bind_linear(py::module_& m);
+
+// Calls a kernel without the GIL. A daemon thread that is still computing when the interpreter ends cannot have the GIL
+// back: CPython before 3.14 then ends the thread by unwinding its stack, which a destructor (py::gil_scoped_release)
+// must not be part of. Such a thread is left waiting for the process to end.
+template <class Args>
+void call_without_gil(void (*kernel)(const Args&), const Args& args) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    kernel(args);
+  } catch (const std::exception&) {
+    error = std::current_exception();
+  }
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    while (true) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+constexpr bool optional = true;
+
+// An array and the axes it must have.
+struct Expected {
+  const Array& array;
+  const char* axes;
+};
+
+inline void check_inputs(std::initializer_list<Expected> arrays, const Sizes& sizes, bool float64) {
+  for (const auto& [array, axes] : arrays) {
+    check_shape(array, axes, sizes);
+    check_input_dtype(array, float64);
+  }
+}
+
+inline void check_gradients(std::initializer_list<Expected> arrays, const Sizes& sizes, bool float64) {
+  for (const auto& [array, axes] : arrays) {
+    check_shape(array, axes, sizes);
+    check_dense(array, float64);
+  }
+}
+
+inline void check_wanted(const Array& gradient, const Array& input) {
+  if (gradient && !input)
+    throw std::invalid_argument(std::string(gradient.name()) + ": got an array, wants None because " + input.name() +
+                                " is None");
+}
+
+}  // namespace fastlvm
