@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/half.h"
+
 namespace fastlvm::FASTLVM_ISA {
 
 template <class T>
@@ -39,6 +41,17 @@ struct Scalar {
   static Scalar abs(Scalar a) { return {a.v < T(0) ? -a.v : a.v}; }
   static Scalar if_zero(Scalar test, Scalar yes, Scalar no) { return test.v == T(0) ? yes : no; }
   static Scalar if_greater(Scalar a, Scalar b, Scalar yes, Scalar no) { return a.v > b.v ? yes : no; }
+  static bool any_greater(Scalar a, Scalar b) { return a.v > b.v; }
+
+  static Scalar load_f16(const uint16_t* p, int n) { return {n > 0 ? static_cast<T>(from_f16(*p)) : T(0)}; }
+  static Scalar load_bf16(const uint16_t* p, int n) { return {n > 0 ? static_cast<T>(from_bf16(*p)) : T(0)}; }
+  void store_f16(uint16_t* p, int n) const {
+    if (n > 0) *p = to_f16(static_cast<float>(v));
+  }
+  void store_bf16(uint16_t* p, int n) const {
+    if (n > 0) *p = to_bf16(static_cast<float>(v));
+  }
+  static void transpose(Scalar (&)[1]) {}  // rows of a square become its columns
 
   // To the nearest integer; |a| < 2^21.
   static Scalar round(Scalar a) {
@@ -53,14 +66,30 @@ struct Scalar {
     return {a.v * power(half) * power(whole - half)};
   }
 
+  // 2^k for the nearest multiple k of 1 / exp2_steps to t, and f = t - k; t <= 127.99, and 2^k is 0 below 2^-126.
+  static constexpr int states_at_once = 4;  // what the registers hold in the scans
+  static constexpr int exp2_steps = 1;
+  static Scalar exp2_head(Scalar t, Scalar& f) {
+    const Scalar inside = max(set1(-127), t), k = round(inside);
+    f = inside - k;
+    return {power(k.v == k.v ? static_cast<int32_t>(k.v) : 0)};
+  }
+
  private:
-  static float power(int32_t k) {
+  static T power(int32_t k) {
     const int32_t bits = (k + 127) << 23;
     float out;
     memcpy(&out, &bits, sizeof out);
-    return out;
+    return T(out);
   }
 };
+
+// 2^(j / n) for j < n.
+inline constexpr float exp2_table16[16] = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
+                                           1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
+                                           1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+inline constexpr float exp2_table8[8] = {1.0f,       1.0905077f, 1.1892071f, 1.2968396f,
+                                         1.4142135f, 1.5422108f, 1.6817929f, 1.8340081f};
 
 }  // namespace fastlvm::FASTLVM_ISA
 

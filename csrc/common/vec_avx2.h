@@ -48,12 +48,75 @@ struct Vec {
     return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
   }
 
+  static bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
+
+  static Vec load_f16(const uint16_t* p, int n) { return {_mm256_cvtph_ps(load_first16(p, n))}; }
+  static Vec load_bf16(const uint16_t* p, int n) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_first16(p, n)), 16))};
+  }
+  void store_f16(uint16_t* p, int n) const {
+    store_first16(p, n, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  void store_bf16(uint16_t* p, int n) const {
+    const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    store_first16(p, n, _mm256_castsi256_si128(packed));
+  }
+
+  static void transpose(Vec (&r)[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+      a[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {  // b[i + c] holds columns c and c + 4 of rows i ... i + 3
+      for (int c = 0; c < 2; ++c) {
+        b[i + 2 * c] = _mm256_shuffle_ps(a[i + c], a[i + 2 + c], 0x44);
+        b[i + 2 * c + 1] = _mm256_shuffle_ps(a[i + c], a[i + 2 + c], 0xee);
+      }
+    }
+    for (int c = 0; c < 4; ++c) {
+      r[c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+      r[4 + c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+  }
+
+  static constexpr int states_at_once = 2;  // what the registers hold in the scans
+  static constexpr int exp2_steps = 8;
+  static Vec exp2_head(Vec t, Vec& f) {
+    t.v = _mm256_max_ps(_mm256_set1_ps(-127.0f), t.v);
+    // The sum's unit in the last place is 1/8: its last three bits are the place in the table, the others the power.
+    const __m256 shift = _mm256_set1_ps(12582912.0f / 8), place = _mm256_add_ps(t.v, shift);
+    f.v = _mm256_sub_ps(t.v, _mm256_sub_ps(place, shift));
+    const __m256i bits = _mm256_castps_si256(place);
+    const __m256 table = _mm256_permutevar8x32_ps(_mm256_loadu_ps(exp2_table8), bits);
+    const __m256i power = _mm256_slli_epi32(_mm256_srai_epi32(bits, 3), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(table), power))};
+  }
+
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
 
  private:
+  static __m128i load_first16(const uint16_t* p, int n) {
+    if (n >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    uint16_t words[8] = {};
+    for (int i = 0; i < n; ++i) words[i] = p[i];
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+  }
+  static void store_first16(uint16_t* p, int n, __m128i x) {
+    if (n >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x);
+    uint16_t words[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words), x);
+    for (int i = 0; i < n; ++i) p[i] = words[i];
+  }
   static __m256 power(__m256i k) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23));
   }

@@ -51,6 +51,62 @@ struct Vec {
   static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static Vec scale(Vec a, Vec k) { return {_mm512_scalef_ps(a.v, k.v)}; }
 
+  static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+
+  static Vec load_f16(const uint16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))}; }
+  static Vec load_bf16(const uint16_t* p, int n) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  void store_f16(uint16_t* p, int n) const {
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  void store_bf16(uint16_t* p, int n) const {
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
+  }
+
+  static void transpose(Vec (&r)[16]) {
+    __m512 a[16];
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      a[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    __m512 b[16];  // 4 x 4 blocks transposed: b[4 i + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 i ... 4 i + 3
+    for (int i = 0; i < 16; i += 4) {
+      for (int c = 0; c < 2; ++c) {
+        const __m512d low = _mm512_castps_pd(a[i + c]), high = _mm512_castps_pd(a[i + 2 + c]);
+        b[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        b[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    }
+    for (int c = 0; c < 4; ++c) {
+      const __m512 even_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+      r[c].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      r[8 + c].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      r[4 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      r[12 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+
+  static constexpr int states_at_once = 4;  // what the registers hold in the scans
+  static constexpr int exp2_steps = 16;
+  static Vec exp2_head(Vec t, Vec& f) {
+    f.v = _mm512_reduce_ps(t.v, 4 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for an infinite t
+    // The sum's unit in the last place is 1/16: its last four bits are the place in the table.
+    const __m512 place = _mm512_add_ps(t.v, _mm512_set1_ps(12582912.0f / 16));
+    const __m512 table = _mm512_permutexvar_ps(_mm512_castps_si512(place), _mm512_loadu_ps(exp2_table16));
+    return {_mm512_scalef_ps(table, _mm512_sub_ps(t.v, f.v))};  // times 2 to the integer below t - f
+  }
+
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

@@ -51,10 +51,54 @@ struct Vec {
     return {vmulq_f32(vmulq_f32(a.v, power(half)), power(vsubq_s32(whole, half)))};
   }
 
+  static bool any_greater(Vec a, Vec b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }
+
+  static Vec load_f16(const uint16_t* p, int n) { return {vcvt_f32_f16(vreinterpret_f16_u16(load_first16(p, n)))}; }
+  static Vec load_bf16(const uint16_t* p, int n) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(load_first16(p, n), 16))};
+  }
+  void store_f16(uint16_t* p, int n) const { store_first16(p, n, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  void store_bf16(uint16_t* p, int n) const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), high = vshrq_n_u32(bits, 16);
+    const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), vandq_u32(high, vdupq_n_u32(1)));
+    const uint32x4_t quiet = vorrq_u32(high, vdupq_n_u32(0x40)), number = vceqq_f32(v, v);
+    store_first16(p, n, vmovn_u32(vbslq_u32(number, vshrq_n_u32(sum, 16), quiet)));
+  }
+
+  static void transpose(Vec (&r)[4]) {
+    const float32x4_t a = vtrn1q_f32(r[0].v, r[1].v), b = vtrn2q_f32(r[0].v, r[1].v);
+    const float32x4_t c = vtrn1q_f32(r[2].v, r[3].v), d = vtrn2q_f32(r[2].v, r[3].v);
+    r[0].v = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
+    r[1].v = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
+    r[2].v = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
+    r[3].v = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
+  }
+
+  static constexpr int states_at_once = 4;  // what the registers hold in the scans
+  static constexpr int exp2_steps = 1;
+  static Vec exp2_head(Vec t, Vec& f) {
+    t = max(set1(-127.0f), t);
+    const float32x4_t k = vrndnq_f32(t.v);
+    f.v = vsubq_f32(t.v, k);
+    return {power(vcvtq_s32_f32(k))};
+  }
+
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 
  private:
+  static uint16x4_t load_first16(const uint16_t* p, int n) {
+    if (n >= 4) return vld1_u16(p);
+    uint16_t words[4] = {0, 0, 0, 0};
+    for (int i = 0; i < n; ++i) words[i] = p[i];
+    return vld1_u16(words);
+  }
+  static void store_first16(uint16_t* p, int n, uint16x4_t x) {
+    if (n >= 4) return vst1_u16(p, x);
+    uint16_t words[4];
+    vst1_u16(words, x);
+    for (int i = 0; i < n; ++i) p[i] = words[i];
+  }
   static float32x4_t power(int32x4_t k) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23));
   }

@@ -72,11 +72,63 @@ inline Step<V> step(V x, V h, V in) {
   return {decay, V::if_zero(k, h + V::fma(p, h, in), V::fma(decay, h, in))};
 }
 
+// 2^t = head (1 + p), t <= 127.99; 0 below 2^-126. The polynomials are minimax for p / 2^f over the range of f.
+template <class V>
+struct Exp2Parts {
+  V head, p;
+};
+
+template <class V>
+inline Exp2Parts<V> exp2_parts(V t) {
+  V f;
+  const V head = V::exp2_head(t, f);
+  const auto c = [](double x) { return V::set1(static_cast<typename V::scalar>(x)); };
+  if constexpr (V::exp2_steps == 16) {
+    const V q = V::fma(f, V::fma(f, c(0.05550213649376296), c(0.24023428802519484)), c(0.6931471826666429));
+    return {head, f * q};
+  } else if constexpr (V::exp2_steps == 8) {
+    V q = V::fma(f, c(0.009617653399518436), c(0.05551059515059555));
+    q = V::fma(f, V::fma(f, q, c(0.24022651027637174)), c(0.6931471742815498));
+    return {head, f * q};
+  } else {
+    V q = V::fma(f, c(0.00015353361959569156), c(0.0013398875016719103));
+    q = V::fma(f, V::fma(f, q, c(0.00961843691766262)), c(0.055503323674201965));
+    q = V::fma(f, V::fma(f, q, c(0.24022647738456726)), c(0.6931471824645996));
+    return {head, f * q};
+  }
+}
+
+template <class V>
+inline V exp2(V t) {
+  const auto [head, p] = exp2_parts(t);
+  return V::fma(head, p, head);
+}
+
+// 2^t h. The error of the factor is relative to its distance from one, so that it does not pile up over long memories.
+template <class V>
+inline V times_exp2(V h, V t) {
+  const auto [head, p] = exp2_parts(t);
+  const V s = head * h;
+  return V::fma(s, p, s);
+}
+
+// The same for any t: a zero stays one, and only a product out of range is infinite.
+template <class V>
+inline V times_any_exp2(V h, V t) {
+  t = V::min(V::set1(252), V::max(V::set1(-252), t));
+  const V k = V::round(t);
+  const V p = exp2(t - k);
+  return V::scale(h, k) * p;
+}
+
 // float64, by the C library.
 
 using Double = Scalar<double>;
 
 inline Double exp(Double x) { return {::exp(x.v)}; }
+inline Double exp2(Double t) { return {::exp2(t.v)}; }
+inline Double times_exp2(Double h, Double t) { return {h.v * ::exp2(t.v)}; }
+inline Double times_any_exp2(Double h, Double t) { return {h.v == 0 ? 0 : h.v * ::exp2(t.v)}; }
 inline Double softplus(Double x) { return {x.v > 20 ? x.v : ::log1p(::exp(x.v))}; }
 inline Double sigmoid(Double x) { return {1 / (1 + ::exp(-x.v))}; }
 inline Step<Double> step(Double x, Double h, Double in) {

@@ -1,9 +1,9 @@
 // The gradients of the selective scan; ssm_scan.h says how the work is cut up.
 #pragma once
 
-#include "ops/ssm_scan.h"
+#include "ops/old_scan.h"
 
-namespace fastlvm::FASTLVM_ISA::ssm {
+namespace fastlvm::FASTLVM_ISA::ssm_old {
 
 // The states of channel c (row `row` of the panel) over a chunk: h [length + 1, padded] from the h[0] given, and a =
 // exp(δ A) [length, padded].
@@ -343,4 +343,4 @@ class Backward {
   double *dD_, *ddelta_bias_;   // [B, D]
 };
 
-}  // namespace fastlvm::FASTLVM_ISA::ssm
+}  // namespace fastlvm::FASTLVM_ISA::ssm_old
