@@ -7,35 +7,34 @@
 
 namespace fastlvm::FASTLVM_ISA {
 
-// n elements from `offset` on, widened; the other lanes are zero.
+// Elements of one dtype as vectors: n from p on, the other lanes zero; all of them if n is V::width.
 template <class V>
-inline V load_as(const TensorView& view, int64_t offset, int n) {
-  using T = typename V::scalar;
-  switch (view.dtype) {
-    case DType::f16:
-      return V::load_f16(static_cast<const uint16_t*>(view.data) + offset, n);
-    case DType::bf16:
-      return V::load_bf16(static_cast<const uint16_t*>(view.data) + offset, n);
-    default:
-      break;
-  }
-  const T* const from = static_cast<const T*>(view.data) + offset;
-  return n < V::width ? V::load_first(from, n) : V::load(from);
-}
+struct Plain {
+  using Element = typename V::scalar;
+  static V load(const Element* p, int n) { return n < V::width ? V::load_first(p, n) : V::load(p); }
+  static void store(Element* p, int n, V x) { n < V::width ? x.store_first(p, n) : x.store(p); }
+};
 
 template <class V>
-inline void store_as(V x, const TensorView& view, int64_t offset, int n) {
-  using T = typename V::scalar;
-  switch (view.dtype) {
-    case DType::f16:
-      return x.store_f16(static_cast<uint16_t*>(view.data) + offset, n);
-    case DType::bf16:
-      return x.store_bf16(static_cast<uint16_t*>(view.data) + offset, n);
-    default:
-      break;
-  }
-  T* const to = static_cast<T*>(view.data) + offset;
-  n < V::width ? x.store_first(to, n) : x.store(to);
+struct Float16 {
+  using Element = uint16_t;
+  static V load(const Element* p, int n) { return V::load_f16(p, n); }
+  static void store(Element* p, int n, V x) { x.store_f16(p, n); }
+};
+
+template <class V>
+struct Bfloat16 {
+  using Element = uint16_t;
+  static V load(const Element* p, int n) { return V::load_bf16(p, n); }
+  static void store(Element* p, int n, V x) { x.store_bf16(p, n); }
+};
+
+// f(Format{}, pointer to the view's data)
+template <class V, class F>
+inline void with_format(const TensorView& view, F f) {
+  if (view.dtype == DType::f16) return f(Float16<V>{}, static_cast<uint16_t*>(view.data));
+  if (view.dtype == DType::bf16) return f(Bfloat16<V>{}, static_cast<uint16_t*>(view.data));
+  f(Plain<V>{}, static_cast<typename V::scalar*>(view.data));
 }
 
 // Where a tile lies in an array: lane i of step s is element offset + i * lane + s * step.
@@ -47,41 +46,56 @@ struct TileAt {
 template <class V>
 inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
   using T = typename V::scalar;
-  if (at.lane == 1 || V::width == 1) {
-    for (int64_t s = 0; s < steps; ++s) load_as<V>(view, at.offset + s * at.step, lanes).store(tile + s * V::width);
-  } else if (at.step == 1) {
-    for (int64_t s = 0; s < steps; s += V::width) {
-      const int n = static_cast<int>(smaller(V::width, steps - s));
-      V rows[V::width];
-      for (int i = 0; i < V::width; ++i)
-        rows[i] = i < lanes ? load_as<V>(view, at.offset + i * at.lane + s, n) : V::zero();
-      V::transpose(rows);
-      for (int i = 0; i < n; ++i) rows[i].store(tile + (s + i) * V::width);
+  constexpr int W = V::width;
+  with_format<V>(view, [&](auto format, const auto* data) {
+    const auto* const p = data + at.offset;
+    if (at.lane == 1 || W == 1) {
+      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, lanes).store(tile + s * W);
+    } else if (at.step == 1) {
+      int64_t s = 0;
+      if (lanes == W) {
+        for (; s + W <= steps; s += W) {
+          V rows[W];
+          for (int i = 0; i < W; ++i) rows[i] = format.load(p + i * at.lane + s, W);
+          V::transpose(rows);
+          for (int i = 0; i < W; ++i) rows[i].store(tile + (s + i) * W);
+        }
+      }
+      for (; s < steps; s += W) {
+        const int n = static_cast<int>(smaller(W, steps - s));
+        V rows[W];
+        for (int i = 0; i < W; ++i) rows[i] = i < lanes ? format.load(p + i * at.lane + s, n) : V::zero();
+        V::transpose(rows);
+        for (int i = 0; i < n; ++i) rows[i].store(tile + (s + i) * W);
+      }
+    } else {
+      for (int64_t s = 0; s < steps; ++s)
+        for (int i = 0; i < W; ++i)
+          tile[s * W + i] = i < lanes ? element<T>(view, at.offset + i * at.lane + s * at.step) : T(0);
     }
-  } else {
-    for (int64_t s = 0; s < steps; ++s)
-      for (int i = 0; i < V::width; ++i)
-        tile[s * V::width + i] = i < lanes ? element<T>(view, at.offset + i * at.lane + s * at.step) : T(0);
-  }
+  });
 }
 
 template <class V>
 inline void write_tile(const typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
-  if (at.lane == 1 || V::width == 1) {
-    for (int64_t s = 0; s < steps; ++s) store_as(V::load(tile + s * V::width), view, at.offset + s * at.step, lanes);
-  } else if (at.step == 1) {
-    for (int64_t s = 0; s < steps; s += V::width) {
-      const int n = static_cast<int>(smaller(V::width, steps - s));
-      V rows[V::width];
-      for (int i = 0; i < V::width; ++i) rows[i] = i < n ? V::load(tile + (s + i) * V::width) : V::zero();
-      V::transpose(rows);
-      for (int i = 0; i < lanes; ++i) store_as(rows[i], view, at.offset + i * at.lane + s, n);
+  constexpr int W = V::width;
+  with_format<V>(view, [&](auto format, auto* data) {
+    auto* const p = data + at.offset;
+    if (at.lane == 1 || W == 1) {
+      for (int64_t s = 0; s < steps; ++s) format.store(p + s * at.step, lanes, V::load(tile + s * W));
+    } else if (at.step == 1) {
+      for (int64_t s = 0; s < steps; s += W) {
+        const int n = static_cast<int>(smaller(W, steps - s));
+        V rows[W];
+        for (int i = 0; i < W; ++i) rows[i] = V::load(tile + (i < n ? s + i : s) * W);
+        V::transpose(rows);
+        for (int i = 0; i < lanes; ++i) format.store(p + i * at.lane + s, n, rows[i]);
+      }
+    } else {
+      for (int64_t s = 0; s < steps; ++s)
+        for (int i = 0; i < lanes; ++i) write_row(tile + s * W + i, view, at.offset + i * at.lane + s * at.step, 1, 1);
     }
-  } else {
-    for (int64_t s = 0; s < steps; ++s)
-      for (int i = 0; i < lanes; ++i)
-        write_row(tile + s * V::width + i, view, at.offset + i * at.lane + s * at.step, 1, 1);
-  }
+  });
 }
 
 }  // namespace fastlvm::FASTLVM_ISA

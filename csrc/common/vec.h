@@ -11,6 +11,13 @@
 
 #include "common/half.h"
 
+// Inner loops fall apart where the compiler stops inlining by its own rules.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define FASTLVM_INLINE __forceinline
+#else
+#define FASTLVM_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fastlvm::FASTLVM_ISA {
 
 template <class T>

@@ -68,7 +68,7 @@ struct Vec {
     store_first16(p, n, _mm256_castsi256_si128(packed));
   }
 
-  static void transpose(Vec (&r)[8]) {
+  FASTLVM_INLINE static void transpose(Vec (&r)[8]) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
       a[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
@@ -88,7 +88,7 @@ struct Vec {
 
   static constexpr int states_at_once = 2;  // what the registers hold in the scans
   static constexpr int exp2_steps = 8;
-  static Vec exp2_head(Vec t, Vec& f) {
+  FASTLVM_INLINE static Vec exp2_head(Vec t, Vec& f) {
     t.v = _mm256_max_ps(_mm256_set1_ps(-127.0f), t.v);
     // The sum's unit in the last place is 1/8: its last three bits are the place in the table, the others the power.
     const __m256 shift = _mm256_set1_ps(12582912.0f / 8), place = _mm256_add_ps(t.v, shift);

@@ -71,7 +71,7 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
   }
 
-  static void transpose(Vec (&r)[16]) {
+  FASTLVM_INLINE static void transpose(Vec (&r)[16]) {
     __m512 a[16];
     for (int i = 0; i < 16; i += 2) {
       a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
@@ -99,7 +99,7 @@ struct Vec {
 
   static constexpr int states_at_once = 4;  // what the registers hold in the scans
   static constexpr int exp2_steps = 16;
-  static Vec exp2_head(Vec t, Vec& f) {
+  FASTLVM_INLINE static Vec exp2_head(Vec t, Vec& f) {
     f.v = _mm512_reduce_ps(t.v, 4 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for an infinite t
     // The sum's unit in the last place is 1/16: its last four bits are the place in the table.
     const __m512 place = _mm512_add_ps(t.v, _mm512_set1_ps(12582912.0f / 16));

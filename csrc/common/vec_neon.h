@@ -65,7 +65,7 @@ struct Vec {
     store_first16(p, n, vmovn_u32(vbslq_u32(number, vshrq_n_u32(sum, 16), quiet)));
   }
 
-  static void transpose(Vec (&r)[4]) {
+  FASTLVM_INLINE static void transpose(Vec (&r)[4]) {
     const float32x4_t a = vtrn1q_f32(r[0].v, r[1].v), b = vtrn2q_f32(r[0].v, r[1].v);
     const float32x4_t c = vtrn1q_f32(r[2].v, r[3].v), d = vtrn2q_f32(r[2].v, r[3].v);
     r[0].v = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
@@ -76,7 +76,7 @@ struct Vec {
 
   static constexpr int states_at_once = 4;  // what the registers hold in the scans
   static constexpr int exp2_steps = 1;
-  static Vec exp2_head(Vec t, Vec& f) {
+  FASTLVM_INLINE static Vec exp2_head(Vec t, Vec& f) {
     t = max(set1(-127.0f), t);
     const float32x4_t k = vrndnq_f32(t.v);
     f.v = vsubq_f32(t.v, k);

@@ -16,7 +16,7 @@ struct ExpParts {
 };
 
 template <class V>
-inline ExpParts<V> exp_parts(V x) {
+FASTLVM_INLINE ExpParts<V> exp_parts(V x) {
   // Beyond these bounds the result is 0 or inf in any case; a NaN passes.
   x = V::min(V::set1(89.0f), V::max(V::set1(-104.0f), x));
   const V k = V::round(x * V::set1(1.44269504f));
@@ -32,14 +32,14 @@ inline ExpParts<V> exp_parts(V x) {
 }
 
 template <class V>
-inline V exp(V x) {
+FASTLVM_INLINE V exp(V x) {
   const auto [k, p] = exp_parts(x);
   return V::scale(V::set1(1.0f) + p, k);
 }
 
 // log(1 + exp(x)), and x itself above 20.
 template <class V>
-inline V softplus(V x) {
+FASTLVM_INLINE V softplus(V x) {
   const V e = exp(V::zero() - V::abs(x));  // (0, 1]
   const V s = e / (V::set1(2.0f) + e);     // log1p(e) = 2 atanh(s)
   const V w = s * s;
@@ -53,7 +53,7 @@ inline V softplus(V x) {
 }
 
 template <class V>
-inline V sigmoid(V x) {
+FASTLVM_INLINE V sigmoid(V x) {
   const V one = V::set1(1.0f), e = exp(V::zero() - V::abs(x));
   return V::if_greater(V::zero(), x, e, one) / (one + e);
 }
@@ -66,7 +66,7 @@ struct Step {
 };
 
 template <class V>
-inline Step<V> step(V x, V h, V in) {
+FASTLVM_INLINE Step<V> step(V x, V h, V in) {
   const auto [k, p] = exp_parts(x);
   const V decay = V::scale(V::set1(1.0f) + p, k);
   return {decay, V::if_zero(k, h + V::fma(p, h, in), V::fma(decay, h, in))};
@@ -79,7 +79,7 @@ struct Exp2Parts {
 };
 
 template <class V>
-inline Exp2Parts<V> exp2_parts(V t) {
+FASTLVM_INLINE Exp2Parts<V> exp2_parts(V t) {
   V f;
   const V head = V::exp2_head(t, f);
   const auto c = [](double x) { return V::set1(static_cast<typename V::scalar>(x)); };
@@ -99,14 +99,14 @@ inline Exp2Parts<V> exp2_parts(V t) {
 }
 
 template <class V>
-inline V exp2(V t) {
+FASTLVM_INLINE V exp2(V t) {
   const auto [head, p] = exp2_parts(t);
   return V::fma(head, p, head);
 }
 
 // 2^t h. The error of the factor is relative to its distance from one, so that it does not pile up over long memories.
 template <class V>
-inline V times_exp2(V h, V t) {
+FASTLVM_INLINE V times_exp2(V h, V t) {
   const auto [head, p] = exp2_parts(t);
   const V s = head * h;
   return V::fma(s, p, s);
@@ -114,7 +114,7 @@ inline V times_exp2(V h, V t) {
 
 // The same for any t: a zero stays one, and only a product out of range is infinite.
 template <class V>
-inline V times_any_exp2(V h, V t) {
+FASTLVM_INLINE V times_any_exp2(V h, V t) {
   t = V::min(V::set1(252), V::max(V::set1(-252), t));
   const V k = V::round(t);
   const V p = exp2(t - k);
@@ -137,13 +137,13 @@ inline Step<Double> step(Double x, Double h, Double in) {
 }
 
 template <class V>
-inline V silu(V x) {
+FASTLVM_INLINE V silu(V x) {
   return x * sigmoid(x);
 }
 
 // d silu(x) / dx
 template <class V>
-inline V silu_slope(V x) {
+FASTLVM_INLINE V silu_slope(V x) {
   const V s = sigmoid(x);
   const V one = V::set1(1);
   return s * V::fma(x, one - s, one);

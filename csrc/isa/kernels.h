@@ -16,7 +16,7 @@ inline void ssm_scan(const SsmScan& args) {
 }
 
 inline void ssm_scan_bwd(const SsmScanBwd& args) {
-  args.forward.float64 ? ssm_old::Backward<Double>(args).run() : ssm_old::Backward<Vec>(args).run();
+  args.forward.float64 ? ssm::Backward<Double>(args).run() : ssm::Backward<Vec>(args).run();
 }
 
 inline void causal_conv1d(const CausalConv1d& args) {

@@ -8,281 +8,39 @@
 // follows from the shapes alone: no bit of a result depends on the number of threads.
 #pragma once
 
-#include "common/tiles.h"
-#include "common/vmath.h"
-#include "ops/kernels.h"
+#include "ops/ssm_parts.h"
 
 namespace fastlvm::FASTLVM_ISA::ssm {
 
-constexpr int64_t work_worth_sharing = 1 << 17;  // elements B·D·N·L: some 20 µs of one core
-
-inline int64_t common_multiple(int64_t a, int64_t b) {
-  int64_t x = a, y = b;
-  while (y) {
-    const int64_t rest = x % y;
-    x = y;
-    y = rest;
-  }
-  return a / x * b;
-}
-
-inline bool per_channel(const TensorView& projection) { return projection.rank == 2; }  // [D, N], else [B, G, N, L]
-
-inline int64_t groups_of(const TensorView& projection) { return per_channel(projection) ? 1 : projection.shape[1]; }
-
-// A sequence: where it lies in the arrays of time, and how long it is.
-struct Sequence {
-  int64_t entry, begin, length;
-};
-
-inline Sequence sequence_of(const SsmScan& args, int64_t b) {
-  if (!args.offsets) return {b, 0, args.length};
-  return {0, args.offsets[b], args.offsets[b + 1] - args.offsets[b]};
-}
-
-inline int64_t longest_sequence(const SsmScan& args) {
-  if (!args.offsets) return args.length;
-  int64_t longest = 0;
-  for (int64_t b = 0; b < args.batch; ++b) longest = larger(longest, sequence_of(args, b).length);
-  return longest;
-}
-
-// How one call is cut into tasks.
-struct Cut {
-  int64_t groups, channels;        // groups of channels that share both B and C, channels in each
-  int64_t slice, slices;           // channels in a slice (whole blocks but for the last), slices in a group
-  int64_t sequences, ranges;       // sequences in a range, ranges
-  int64_t states = 0, shares = 1;  // states in a share, shares
-  int64_t chunk;                   // steps of time worked on at once
-
-  int64_t tasks() const { return groups * slices * ranges * shares; }
-};
-
-// What a task works on.
-struct Part {
-  int64_t group, first, count;  // channels
-  int64_t begin, end;           // sequences
-  int64_t state, states;        // the share of the states
-  int64_t share;
-};
-
-inline Part part_of(const Cut& cut, const SsmScan& args, int64_t task) {
-  Part part;
-  part.share = task % cut.shares;
-  const int64_t slice = task / cut.shares % cut.slices, range = task / cut.shares / cut.slices % cut.ranges;
-  part.group = task / cut.shares / cut.slices / cut.ranges;
-  part.first = part.group * cut.channels + slice * cut.slice;
-  part.count = smaller(cut.slice, cut.channels - slice * cut.slice);
-  part.begin = range * cut.sequences;
-  part.end = smaller(args.batch, part.begin + cut.sequences);
-  part.state = part.share * cut.states;
-  part.states = smaller(cut.states, args.state - part.state);
-  return part;
-}
-
-// B or C of one block over a chunk: the same for all lanes at one time, or one for each lane at all times.
-template <class V>
-struct Broadcast {
-  const typename V::scalar* p;
-  int64_t state, time;
-  V at(int64_t n, int64_t t) const { return V::set1(p[n * state + t * time]); }
-};
-
-template <class V>
-struct PerLane {
-  const typename V::scalar* p;
-  V at(int64_t n, int64_t) const { return V::load(p + n * V::width); }
-};
-
-// The rows of a block over a chunk, [chunk, V::width] each.
-template <class V>
-class Rows {
- public:
+// `Count` states h of the states from n on, through steps [begin, end). Output: their share of C·h is added to y.
+template <class V, int Count, bool Grows, bool Output, class B, class C>
+FASTLVM_INLINE void walk_steps(const Rows<V>& rows, V (&h)[Count], const V (&a)[Count], B b, C c, int64_t n,
+                               int64_t begin, int64_t end) {
   using T = typename V::scalar;
-
-  Rows(const SsmScan& args, int64_t chunk) : args_(args), size_(chunk * V::width), rows_(6 * size_) {}
-
-  // u, delta + bias, δ and δ u of channels [d, d + lanes) at [begin, begin + length) of the sequence.
-  void read(Sequence at, int64_t d, int lanes, int64_t begin, int64_t length) {
-    read_time(u(), args_.u, at, d, lanes, begin, length);
-    read_time(delta(), args_.delta, at, d, lanes, begin, length);
-    const V bias = lanes_of(args_.delta_bias, d, lanes);
-    V least = V::zero();
-    for (int64_t i = 0; i < length * V::width; i += V::width) {
-      const V raw = V::load(delta() + i) + bias;
-      const V step = args_.delta_softplus ? softplus(raw) : raw;
-      raw.store(raw_delta() + i);
-      step.store(delta() + i);
-      (step * V::load(u() + i)).store(input() + i);
-      least = V::min(least, step);
+  constexpr int W = V::width;
+  const T *const deltas = rows.delta(), *const inputs = rows.input();
+  T* const ys = rows.y();
+  for (int64_t t = begin; t < end; ++t) {
+    const V delta = V::load(deltas + t * W), input = V::load(inputs + t * W);
+    V y = Output ? V::load(ys + t * W) : V::zero();
+    for (int j = 0; j < Count; ++j) {
+      const V x = delta * a[j];
+      h[j] = V::fma(input, b.at(n + j, t), Grows ? times_any_exp2(h[j], x) : times_exp2(h[j], x));
+      if (Output) y = V::fma(h[j], c.at(n + j, t), y);
     }
-    negative_ = V::any_greater(V::zero(), least);
+    if (Output) y.store(ys + t * W);
   }
-
-  void read_time(T* to, const TensorView& view, Sequence at, int64_t d, int lanes, int64_t begin,
-                 int64_t length) const {
-    read_tile<V>(to, view, time_tile(view, at, d, begin), lanes, length);
-  }
-
-  static TileAt time_tile(const TensorView& view, Sequence at, int64_t d, int64_t begin) {
-    return {offset_of(view, at.entry, d) + (at.begin + begin) * view.stride[2], view.stride[1], view.stride[2]};
-  }
-
-  // Elements [d, d + lanes) of a vector that may not be given.
-  static V lanes_of(const TensorView& view, int64_t d, int lanes) {
-    T values[V::width] = {};
-    for (int i = 0; i < lanes; ++i) values[i] = optional_element<T>(view, d + i);
-    return V::load(values);
-  }
-
-  bool negative() const { return negative_; }  // some δ is below zero
-  T* u() const { return rows_.get(); }
-  T* raw_delta() const { return rows_ + size_; }  // with the bias, before softplus
-  T* delta() const { return rows_ + 2 * size_; }
-  T* input() const { return rows_ + 3 * size_; }  // δ u
-  T* y() const { return rows_ + 4 * size_; }
-  T* z() const { return rows_ + 5 * size_; }
-
- private:
-  const SsmScan& args_;
-  int64_t size_;
-  Buffer<T> rows_;
-  bool negative_ = false;
-};
-
-// B or C for a part: read where it lies if it is in the kernels' dtype, else converted a chunk at a time.
-template <class V>
-class Projection {
- public:
-  using T = typename V::scalar;
-
-  Projection(const TensorView& view, const Cut& cut, const Part& part)
-      : view_(view), part_(part), group_(per_channel(view) ? 0 : part.group / (cut.groups / groups_of(view))) {
-    constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
-    if (per_channel(view))
-      packed_.reset(div_up(part.count, V::width) * part.states * V::width);
-    else if (view.dtype != own)
-      packed_.reset(part.states * cut.chunk);
-    if (per_channel(view))
-      for (int64_t c = 0; c < part.count; c += V::width)
-        read_tile<V>(lanes_at(c), view, {offset_of(view, part.first + c, part.state), view.stride[0], view.stride[1]},
-                     static_cast<int>(smaller(V::width, part.count - c)), part.states);
-  }
-
-  void read(Sequence at, int64_t begin, int64_t length) {
-    if (per_channel(view_)) return;
-    const int64_t state = view_.stride[2], time = view_.stride[3];
-    const int64_t offset = offset_of(view_, at.entry, group_) + part_.state * state + (at.begin + begin) * time;
-    if (!packed_.get()) {
-      now_ = {static_cast<const T*>(view_.data) + offset, state, time};
-    } else if (time == 1) {
-      for (int64_t n = 0; n < part_.states; ++n)
-        read_row<V>(packed_ + n * length, view_, offset + n * state, time, length);
-      now_ = {packed_.get(), length, 1};
-    } else {
-      for (int64_t t = 0; t < length; ++t)
-        read_row<V>(packed_ + t * part_.states, view_, offset + t * time, state, part_.states);
-      now_ = {packed_.get(), 1, part_.states};
-    }
-  }
-
-  Broadcast<V> broadcast() const { return now_; }
-  PerLane<V> per_lane(int64_t c) const { return {lanes_at(c)}; }
-  bool varies() const { return !per_channel(view_); }
-
- private:
-  T* lanes_at(int64_t c) const { return packed_ + c * part_.states; }
-
-  const TensorView& view_;
-  const Part& part_;
-  int64_t group_;
-  Buffer<T> packed_;
-  Broadcast<V> now_{};
-};
-
-// A as the kernels want it and the states of a part's channels, [blocks, states, V::width] each.
-template <class V>
-class States {
- public:
-  using T = typename V::scalar;
-
-  States(const SsmScan& args, const Part& part)
-      : args_(args),
-        part_(part),
-        size_(part.states * V::width),
-        A_(div_up(part.count, V::width) * size_),
-        h_(div_up(part.count, V::width) * size_),
-        grows_(div_up(part.count, V::width)) {
-    for (int64_t c = 0; c < part.count; c += V::width) {
-      read_tile<V>(A(c), args.A, {offset_of(args.A, part.first + c, part.state), args.A.stride[0], args.A.stride[1]},
-                   lanes(c), part.states);
-      V most = V::zero();
-      for (int64_t i = 0; i < size_; i += V::width) {
-        const V scaled = V::load(A(c) + i) * V::set1(static_cast<T>(1.4426950408889634));
-        scaled.store(A(c) + i);
-        most = V::max(most, scaled);
-      }
-      grows_[c / V::width] = V::any_greater(most, V::zero());
-    }
-  }
-
-  int lanes(int64_t c) const { return static_cast<int>(smaller(V::width, part_.count - c)); }
-  T* A(int64_t c) const { return A_ + c / V::width * size_; }
-  T* h(int64_t c) const { return h_ + c / V::width * size_; }
-  bool grows(int64_t c) const { return grows_[c / V::width]; }  // some A is above zero
-
-  // The states before sequence b.
-  void read_initial(int64_t b) const {
-    for (int64_t c = 0; c < part_.count; c += V::width) {
-      if (given(args_.initial_state))
-        read_tile<V>(h(c), args_.initial_state, tile_of(args_.initial_state, b, c), lanes(c), part_.states);
-      else
-        fill_zero(h(c), size_);
-    }
-  }
-
-  void write_final(int64_t b) const {
-    if (!given(args_.final_state)) return;
-    for (int64_t c = 0; c < part_.count; c += V::width)
-      write_tile<V>(h(c), args_.final_state, tile_of(args_.final_state, b, c), lanes(c), part_.states);
-  }
-
-  // Of an array [B, D, N].
-  TileAt tile_of(const TensorView& view, int64_t b, int64_t c) const {
-    return {offset_of(view, b, part_.first + c) + part_.state * view.stride[2], view.stride[1], view.stride[2]};
-  }
-
- private:
-  const SsmScan& args_;
-  const Part& part_;
-  int64_t size_;
-  Buffer<T> A_, h_;
-  Buffer<bool> grows_;
-};
+}
 
 // `Count` states from n on through `length` steps; y [length, V::width] is added to from step `wanted` on.
 template <class V, int Count, bool Grows, class B, class C>
 inline void walk(const Rows<V>& rows, const typename V::scalar* A, typename V::scalar* h, B b, C c, int64_t n,
                  int64_t length, int64_t wanted) {
-  constexpr int W = V::width;
   V state[Count], a[Count];
-  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * W), a[j] = V::load(A + (n + j) * W);
-  const auto step = [&](int64_t t) {
-    const V delta = V::load(rows.delta() + t * W), input = V::load(rows.input() + t * W);
-    for (int j = 0; j < Count; ++j) {
-      const V x = delta * a[j];
-      state[j] = V::fma(input, b.at(n + j, t), Grows ? times_any_exp2(state[j], x) : times_exp2(state[j], x));
-    }
-  };
-  int64_t t = 0;
-  for (; t < wanted; ++t) step(t);
-  for (; t < length; ++t) {
-    step(t);
-    V y = V::load(rows.y() + t * W);
-    for (int j = 0; j < Count; ++j) y = V::fma(state[j], c.at(n + j, t), y);
-    y.store(rows.y() + t * W);
-  }
-  for (int j = 0; j < Count; ++j) state[j].store(h + (n + j) * W);
+  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * V::width), a[j] = V::load(A + (n + j) * V::width);
+  walk_steps<V, Count, Grows, false>(rows, state, a, b, c, n, 0, wanted);
+  walk_steps<V, Count, Grows, true>(rows, state, a, b, c, n, wanted, length);
+  for (int j = 0; j < Count; ++j) state[j].store(h + (n + j) * V::width);
 }
 
 template <class V, bool Grows, class B, class C>
@@ -343,13 +101,14 @@ inline void walk_short(const Rows<V>& rows, const typename V::scalar* A, typenam
 
 constexpr int64_t longest_short = 8;
 
-// The rows over a chunk through the block's states: y becomes C·h from step `wanted` on.
+// The rows over a chunk through the block's states: y becomes C·h from step `wanted` on. Grows: a factor may exceed
+// one.
 template <class V>
 inline void run_block(const Rows<V>& rows, const States<V>& states, const Projection<V>& B, const Projection<V>& C,
-                      int64_t c, int64_t count, int64_t length, int64_t wanted) {
+                      int64_t c, int64_t count, int64_t length, int64_t wanted, bool grows) {
   fill_zero(rows.y(), length * V::width);
   const auto go = [&](auto b, auto c_t) {
-    if (rows.negative() || states.grows(c))
+    if (grows)
       walk_all<V, true>(rows, states.A(c), states.h(c), b, c_t, count, length, wanted);
     else
       walk_all<V, false>(rows, states.A(c), states.h(c), b, c_t, count, length, wanted);
@@ -369,9 +128,8 @@ class Forward {
 
   explicit Forward(const SsmScan& args) : args_(args), cut_(cut_up(args)) {
     skipped_ = args.length - args.out.shape[2];
-    share_ =
-        args.dim * larger(1, args.state) * (args.offsets ? args.length : args.batch * args.length) > work_worth_sharing;
-    times_ = args.offsets ? args.length : args.batch * args.length;
+    times_ = all_times(args);
+    share_ = args.dim * larger(1, args.state) * times_ > work_worth_sharing;
   }
 
   void run() {
@@ -387,10 +145,8 @@ class Forward {
 
  private:
   static Cut cut_up(const SsmScan& args) {
-    Cut cut;
+    Cut cut = cut_groups(args);
     const int64_t batch = larger(1, args.batch), dim = larger(1, args.dim);
-    cut.groups = common_multiple(groups_of(args.B), groups_of(args.C));
-    cut.channels = dim / cut.groups;
     cut.chunk = larger(1, smaller(longest_sequence(args), 64));
     const int64_t state_bytes = larger(1, args.state) * static_cast<int64_t>(sizeof(T));
     const int64_t fitting = (1 << 16) / state_bytes;  // A and the states stay in the cache
@@ -401,7 +157,6 @@ class Forward {
     const int64_t wanted_ranges = div_up(64, cut.groups * cut.slices);
     cut.sequences = div_up(batch, smaller(batch, wanted_ranges));
     cut.ranges = div_up(batch, cut.sequences);
-    cut.states = args.state;
     const int64_t tasks = cut.tasks();
     if (tasks < 8 && args.state >= 16) {
       cut.states = round_up(div_up(args.state, smaller(args.state / 8, 8 / tasks)), 4);
@@ -411,8 +166,9 @@ class Forward {
   }
 
   void run_part(const Part& part) {
-    Rows<V> rows(args_, cut_.chunk);
-    States<V> states(args_, part);
+    Buffer<T> memory(Rows<V>::count * cut_.chunk * W);
+    const Rows<V> rows(args_, memory.get(), cut_.chunk);
+    const States<V> states(args_, part);
     Projection<V> B(args_.B, cut_, part), C(args_.C, cut_, part);
     for (int64_t b = part.begin; b < part.end; ++b) {
       const Sequence at = sequence_of(args_, b);
@@ -433,17 +189,17 @@ class Forward {
            (skipped_ == 0 || outputs == 1);
   }
 
-  void run_short(const Part& part, Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
+  void run_short(const Part& part, const Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
                  Sequence at) {
     const bool only_last = skipped_ > 0, keep = given(args_.final_state);
     B.read(at, 0, at.length);
     C.read(at, 0, at.length);
     for (int64_t c = 0; c < part.count; c += W) {
-      rows.read(at, part.first + c, states.lanes(c), 0, at.length);
+      const bool negative = rows.read(at, part.first + c, states.lanes(c), 0, at.length);
       T* const h = states.h(c);
-      if (rows.negative() || states.grows(c)) {
+      if (negative || states.grows(c)) {
         fill_zero(h, part.states * W);
-        run_block(rows, states, B, C, c, part.states, at.length, skipped_);
+        run_block(rows, states, B, C, c, part.states, at.length, skipped_, true);
       } else if (only_last) {
         walk_short<V, true>(rows, states.A(c), keep ? h : nullptr, B.broadcast(), C.broadcast(), part.states,
                             at.length);
@@ -455,14 +211,14 @@ class Forward {
     }
   }
 
-  void run_chunk(const Part& part, Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
+  void run_chunk(const Part& part, const Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
                  Sequence at, int64_t begin, int64_t length) {
     B.read(at, begin, length);
     C.read(at, begin, length);
     const int64_t wanted = smaller(length, larger(0, skipped_ - begin));
     for (int64_t c = 0; c < part.count; c += W) {
-      rows.read(at, part.first + c, states.lanes(c), begin, length);
-      run_block(rows, states, B, C, c, part.states, length, wanted);
+      const bool negative = rows.read(at, part.first + c, states.lanes(c), begin, length);
+      run_block(rows, states, B, C, c, part.states, length, wanted, negative || states.grows(c));
       emit(part, rows, at, c, begin, length);
     }
   }
@@ -478,12 +234,12 @@ class Forward {
   // [shares, blocks, times, W]
   T* share_at(int64_t share, Sequence at, int64_t d, int64_t begin) const {
     const int64_t block = d / cut_.channels * div_up(cut_.channels, W) + d % cut_.channels / W;
-    const int64_t time = (args_.offsets ? 0 : at.entry * args_.length) + at.begin + begin;
-    return shares_ + ((share * blocks() + block) * times_ + time) * W;
+    return shares_ + ((share * blocks() + block) * times_ + first_time(args_, at) + begin) * W;
   }
 
   void add_shares(const Part& part) {
-    Rows<V> rows(args_, cut_.chunk);
+    Buffer<T> memory(Rows<V>::count * cut_.chunk * W);
+    const Rows<V> rows(args_, memory.get(), cut_.chunk);
     for (int64_t b = part.begin; b < part.end; ++b) {
       const Sequence at = sequence_of(args_, b);
       for (int64_t t = 0; t < at.length; t += cut_.chunk) {

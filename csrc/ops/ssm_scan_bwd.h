@@ -1,346 +1,548 @@
-// The gradients of the selective scan; ssm_scan.h says how the work is cut up.
+// The gradients of the selective scan; ssm_scan.h describes the layout.
+//
+// A task first walks its sequence forward and keeps the states at the start of every chunk. Then, from the last chunk
+// to the first, it computes a few states of a chunk again and walks them backward, so that (B, D, L, N) is never in
+// memory. dB and dC are sums over channels: each slice of channels has a partial sum of its own, kept in the lanes
+// until a chunk is done, and the partial sums are added in a fixed order. No bit of a result depends on the number of
+// threads.
 #pragma once
 
-#include "ops/old_scan.h"
+#include "ops/ssm_scan.h"
 
-namespace fastlvm::FASTLVM_ISA::ssm_old {
+namespace fastlvm::FASTLVM_ISA::ssm {
 
-// The states of channel c (row `row` of the panel) over a chunk: h [length + 1, padded] from the h[0] given, and a =
-// exp(δ A) [length, padded].
+// The rows of a block over a chunk that only the backward needs.
 template <class V>
-inline void scan_states(const Block<V>& block, int64_t c, int64_t row, typename V::scalar* h, typename V::scalar* a,
-                        int64_t N, int64_t length, bool from_zero) {
+class GradRows : public Rows<V> {
+ public:
   using T = typename V::scalar;
-  const int64_t padded = block.padded();
-  const T* const A = block.A(c);
-  const T* B = block.B().row(c);
-  for (int64_t t = 0; t < length; ++t, B += block.B().pitch, h += padded, a += padded) {
-    const V delta = V::set1(block.delta()[row * length + t]), input = V::set1(block.input()[row * length + t]);
-    for (int64_t n = 0; n < padded; n += V::width) {
-      const int keep = static_cast<int>(smaller(V::width, N - n));
-      const V in = input * V::load(B + n);
-      Step<V> next{V::zero(), in};
-      if (!from_zero || t > 0) next = step(delta * V::load(A + n), V::load(h + n), in);
-      V::first(next.decay, keep).store(a + n);
-      V::first(next.state, keep).store(h + padded + n);
-    }
-  }
-}
+  static constexpr int64_t count = Rows<V>::count + 4;
 
-// What the backward sweep of one channel reads and adds to; state rows are [padded], time rows [channels, length].
-template <class T>
-struct Sweep {
-  const T *h, *a;  // from scan_states
-  T* carry;        // gradient of the state after the chunk, then of the state before it
-  T* dA;           // added to
-  T *dB, *dC;      // added to: row t is dB + t * dB_pitch
-  int64_t dB_pitch, dC_pitch;
-  const T* grad_y;
-  T *y, *along_B, *along_A;  // C·h, Σ_n g B, Σ_n g a h_{t-1} A
+  GradRows(const SsmScan& args, T* memory, int64_t chunk)
+      : Rows<V>(args, memory, chunk), size_(chunk * V::width), rows_(memory + Rows<V>::count * size_) {}
+
+  T* grad_out() const { return rows_; }
+  T* grad_y() const { return rows_ + size_; }       // before the gate
+  T* along_B() const { return rows_ + 2 * size_; }  // Σ_n g B
+  T* along_A() const { return rows_ + 3 * size_; }  // Σ_n g exp(δ A) h_{t-1} A
+
+ private:
+  int64_t size_;
+  T* rows_;
 };
 
-template <class V>
-inline void sweep_channel(const Block<V>& block, int64_t c, int64_t row, const Sweep<typename V::scalar>& s, int64_t N,
-                          int64_t length) {
+constexpr int64_t longest_chunk = 32;
+
+// What `Count` states leave behind on their way through a chunk of one block, and the sums over the blocks of a slice
+// that grow on the way back. Rows are [steps, V::width].
+template <class V, int Count>
+struct Trail {
   using T = typename V::scalar;
-  const int64_t padded = block.padded();
-  const T* const A = block.A(c);
-  for (int64_t t = length - 1; t >= 0; --t) {
-    const T* const B = block.B().row(c) + t * block.B().pitch;
-    const T* const C = block.C().row(c) + t * block.C().pitch;
-    const T *const before = s.h + t * padded, *const after = before + padded, *const decay = s.a + t * padded;
-    T *const dB = s.dB + t * s.dB_pitch, *const dC = s.dC + t * s.dC_pitch;
-    const int64_t at = row * length + t;
-    const V grad_y = V::set1(s.grad_y[at]), delta = V::set1(block.delta()[at]), input = V::set1(block.input()[at]);
-    V y = V::zero(), along_B = V::zero(), along_A = V::zero();
-    for (int64_t n = 0; n < padded; n += V::width) {
-      const V h = V::load(after + n), a = V::load(decay + n), c_t = V::load(C + n);
-      V g = V::fma(grad_y, c_t, V::load(s.carry + n));
-      g = V::first(g, static_cast<int>(smaller(V::width, N - n)));
-      const V through = g * a;  // gradient of h_{t-1}
-      const V slope = through * V::load(before + n);
-      y = V::fma(c_t, h, y);
-      along_B = V::fma(g, V::load(B + n), along_B);
-      along_A = V::fma(slope, V::load(A + n), along_A);
-      V::fma(grad_y, h, V::load(dC + n)).store(dC + n);
-      V::fma(input, g, V::load(dB + n)).store(dB + n);
-      V::fma(delta, slope, V::load(s.dA + n)).store(s.dA + n);
-      through.store(s.carry + n);
+  static constexpr int64_t size = (longest_chunk + 1) * V::width;
+
+  Trail() : memory(4 * Count * size) {}
+  T* h() const { return memory.get(); }  // row t: the state before step t
+  T* factor() const { return memory + Count * size; }
+  T* dB() const { return memory + 2 * Count * size; }
+  T* dC() const { return memory + 3 * Count * size; }
+
+  Buffer<T> memory;
+};
+
+// Steps [begin, length) of the states; y is added to where it is wanted.
+template <class V, int Count, bool Grows, class B, class C>
+FASTLVM_INLINE void retrace(const GradRows<V>& rows, const Trail<V, Count>& trail, V (&h)[Count], const V (&a)[Count],
+                            B b, C c, int64_t n, int64_t begin, int64_t length, bool want_y) {
+  using T = typename V::scalar;
+  constexpr int64_t W = V::width, size = Trail<V, Count>::size;
+  const T *const deltas = rows.delta(), *const inputs = rows.input();
+  T *const hs = trail.h(), *const factors = trail.factor(), *const ys = rows.y();
+  const V most = V::set1(static_cast<T>(3.4e38));
+  for (int64_t t = begin; t < length; ++t) {
+    const V delta = V::load(deltas + t * W), input = V::load(inputs + t * W);
+    for (int j = 0; j < Count; ++j) {
+      const V x = delta * a[j];
+      const V factor = Grows ? V::min(most, times_any_exp2(V::set1(1), x)) : exp2(x);
+      factor.store(factors + j * size + t * W);
+      h[j] = V::fma(factor, h[j], input * b.at(n + j, t));
+      h[j].store(hs + j * size + (t + 1) * W);
     }
-    s.y[at] = V::sum(y);
-    s.along_B[at] = V::sum(along_B);
-    s.along_A[at] = V::sum(along_A);
+    if (!want_y) continue;
+    V y = V::load(ys + t * W);
+    for (int j = 0; j < Count; ++j) y = V::fma(h[j], c.at(n + j, t), y);
+    y.store(ys + t * W);
   }
 }
 
+// One block's `Count` states from n on through a chunk and back. In `carry` is the gradient of the states after the
+// chunk, then of those before it. From_zero: nothing came before the chunk and nobody asks for the gradient of it.
+template <class V, int Count, class B, class C>
+inline void there_and_back(const GradRows<V>& rows, const Trail<V, Count>& trail, const typename V::scalar* A,
+                           const typename V::scalar* start, typename V::scalar* carry, typename V::scalar* dA, B b, C c,
+                           int64_t n, int64_t length, bool grows, bool from_zero, bool want_y) {
+  using T = typename V::scalar;
+  constexpr int64_t W = V::width, size = Trail<V, Count>::size;
+  const int64_t first = from_zero ? 1 : 0;
+  V h[Count], a[Count], g[Count], sum_A[Count];
+  for (int j = 0; j < Count; ++j) {
+    a[j] = V::load(A + (n + j) * W);
+    h[j] = from_zero ? V::load(rows.input()) * b.at(n + j, 0) : V::load(start + (n + j) * W);
+    h[j].store(trail.h() + j * size + first * W);
+    g[j] = V::load(carry + (n + j) * W);
+    sum_A[j] = V::load(dA + (n + j) * W);
+  }
+  if (from_zero && want_y) {
+    V y = V::load(rows.y());
+    for (int j = 0; j < Count; ++j) y = V::fma(h[j], c.at(n + j, 0), y);
+    y.store(rows.y());
+  }
+  if (grows)
+    retrace<V, Count, true>(rows, trail, h, a, b, c, n, first, length, want_y);
+  else
+    retrace<V, Count, false>(rows, trail, h, a, b, c, n, first, length, want_y);
+
+  const T *const hs = trail.h(), *const factors = trail.factor(), *const deltas = rows.delta();
+  const T *const inputs = rows.input(), *const grad_ys = rows.grad_y();
+  T *const dB = trail.dB(), *const dC = trail.dC(), *const along_Bs = rows.along_B(), *const along_As = rows.along_A();
+  for (int64_t t = length - 1; t >= first; --t) {
+    const V grad_y = V::load(grad_ys + t * W), input = V::load(inputs + t * W), delta = V::load(deltas + t * W);
+    V along_B = V::load(along_Bs + t * W), along_A = V::load(along_As + t * W);
+    for (int j = 0; j < Count; ++j) {
+      const int64_t at = j * size + t * W;
+      V::fma(grad_y, h[j], V::load(dC + at)).store(dC + at);
+      g[j] = V::fma(grad_y, c.at(n + j, t), g[j]);
+      V::fma(input, g[j], V::load(dB + at)).store(dB + at);
+      along_B = V::fma(g[j], b.at(n + j, t), along_B);
+      g[j] = g[j] * V::load(factors + at);  // of the state before
+      h[j] = V::load(hs + at);
+      const V slope = g[j] * h[j];
+      along_A = V::fma(slope, a[j], along_A);
+      sum_A[j] = V::fma(delta, slope, sum_A[j]);
+    }
+    along_B.store(along_Bs + t * W);
+    along_A.store(along_As + t * W);
+  }
+  for (int j = 0; j < Count; ++j) {
+    if (from_zero) {
+      const V grad_y = V::load(grad_ys);
+      V::fma(grad_y, h[j], V::load(dC + j * size)).store(dC + j * size);
+      g[j] = V::fma(grad_y, c.at(n + j, 0), g[j]);
+      V::fma(V::load(inputs), g[j], V::load(dB + j * size)).store(dB + j * size);
+      V::fma(g[j], b.at(n + j, 0), V::load(along_Bs)).store(along_Bs);
+    }
+    g[j].store(carry + (n + j) * W);
+    sum_A[j].store(dA + (n + j) * W);
+  }
+}
+
+// The same for a whole sequence of `Length` steps from a zero state, all of it in registers; the sums over the blocks
+// are added to dB and dC.
+template <class V, int Length>
+FASTLVM_INLINE void there_and_back_short(const GradRows<V>& rows, V a, V g, V& sum_A, V (&dB)[Length], V (&dC)[Length],
+                                         Broadcast<V> b, Broadcast<V> c, int64_t n, bool want_y) {
+  using T = typename V::scalar;
+  constexpr int64_t W = V::width;
+  const T *const deltas = rows.delta(), *const inputs = rows.input(), *const grad_ys = rows.grad_y();
+  T *const along_Bs = rows.along_B(), *const along_As = rows.along_A(), *const ys = rows.y();
+  V h[Length], factor[Length];
+  h[0] = V::load(inputs) * b.at(n, 0);
+  for (int t = 1; t < Length; ++t) {
+    factor[t] = exp2(V::load(deltas + t * W) * a);
+    h[t] = V::fma(factor[t], h[t - 1], V::load(inputs + t * W) * b.at(n, t));
+  }
+  if (want_y)
+    for (int t = 0; t < Length; ++t) V::fma(h[t], c.at(n, t), V::load(ys + t * W)).store(ys + t * W);
+  for (int t = Length - 1; t >= 0; --t) {
+    const V grad_y = V::load(grad_ys + t * W);
+    dC[t] = V::fma(grad_y, h[t], dC[t]);
+    g = V::fma(grad_y, c.at(n, t), g);
+    dB[t] = V::fma(V::load(inputs + t * W), g, dB[t]);
+    V::fma(g, b.at(n, t), V::load(along_Bs + t * W)).store(along_Bs + t * W);
+    if (t == 0) break;
+    g = g * factor[t];
+    const V slope = g * h[t - 1];
+    V::fma(slope, a, V::load(along_As + t * W)).store(along_As + t * W);
+    sum_A = V::fma(V::load(deltas + t * W), slope, sum_A);
+  }
+}
+
+// Sums over the lanes of rows [length, V::width].
+template <class V>
+inline void sum_lanes(const typename V::scalar* rows, typename V::scalar* out, int64_t length) {
+  constexpr int W = V::width;
+  int64_t t = 0;
+  for (; t + W <= length; t += W) {
+    V square[W];
+    for (int i = 0; i < W; ++i) square[i] = V::load(rows + (t + i) * W);
+    V::transpose(square);
+    for (int span = W / 2; span > 0; span /= 2)
+      for (int i = 0; i < span; ++i) square[i] = square[i] + square[i + span];
+    square[0].store(out + t);
+  }
+  for (; t < length; ++t) out[t] = V::sum(V::load(rows + t * W));
+}
+
+// Partial sums that are added once all tasks are done.
+template <class T>
+struct Partial {
+  T *dA, *dB, *dC;           // dA [ranges, D, N]; dB, dC of a varying projection [groups, slices, N, times]
+  T *dB_lanes, *dC_lanes;    // of a projection per channel [ranges, D, N]
+  double *dD, *ddelta_bias;  // [ranges, D]
+};
+
+// One task of the backward.
+template <class V>
+class BackwardPart {
+ public:
+  using T = typename V::scalar;
+  static constexpr int W = V::width, at_once = V::states_at_once > 2 ? 2 : V::states_at_once;
+
+  BackwardPart(const SsmScanBwd& args, const Cut& cut, const Part& part, const Partial<T>& partial)
+      : args_(args),
+        in_(args.forward),
+        cut_(cut),
+        part_(part),
+        partial_(partial),
+        states_(in_, part_),
+        B_(in_.B, cut, part_),
+        C_(in_.C, cut, part_),
+        blocks_(div_up(part.count, W)),
+        rows_(blocks_ * GradRows<V>::count * cut.chunk * W),
+        grows_(blocks_),
+        start_(states_.size() * div_up(longest_sequence(in_), cut.chunk)),
+        carry_(states_.size()),
+        dA_(states_.size(), T(0)),
+        dB_(B_.varies() ? 0 : states_.size(), T(0)),
+        dC_(C_.varies() ? 0 : states_.size(), T(0)),
+        want_y_(given(args.dz)) {}
+
+  void run() {
+    for (int64_t b = part_.begin; b < part_.end; ++b) run_sequence(b);
+    const int64_t range = part_.begin / cut_.sequences;
+    write_channels(partial_.dA, range, dA_.get());
+    if (!B_.varies()) write_channels(partial_.dB_lanes, range, dB_.get());
+    if (!C_.varies()) write_channels(partial_.dC_lanes, range, dC_.get());
+  }
+
+ private:
+  void run_sequence(int64_t b) {
+    const Sequence at = sequence_of(in_, b);
+    const int64_t chunks = div_up(at.length, cut_.chunk), size = states_.size();
+    states_.read(args_.grad_final_state, b, carry_.get());
+    states_.read_initial(b);
+    for (int64_t k = 0; k < chunks; ++k) {
+      copy(start_ + k * size, states_.h(0), size);
+      if (k + 1 < chunks) walk_chunk(at, k * cut_.chunk);
+    }
+    for (int64_t k = chunks - 1; k >= 0; --k) {
+      const int64_t begin = k * cut_.chunk;
+      run_chunk(at, begin, smaller(cut_.chunk, at.length - begin), start_ + k * size);
+    }
+    states_.write(args_.dinitial_state, b, carry_.get());
+  }
+
+  void walk_chunk(Sequence at, int64_t begin) {
+    B_.read(at, begin, cut_.chunk);
+    C_.read(at, begin, cut_.chunk);
+    for (int64_t c = 0; c < part_.count; c += W) {
+      const GradRows<V> rows = rows_of(c);
+      const bool negative = rows.read(at, part_.first + c, states_.lanes(c), begin, cut_.chunk);
+      run_block<V>(rows, states_, B_, C_, c, part_.states, cut_.chunk, cut_.chunk, negative || states_.grows(c));
+    }
+  }
+
+  void run_chunk(Sequence at, int64_t begin, int64_t length, const T* start) {
+    B_.read(at, begin, length);
+    C_.read(at, begin, length);
+    bool grows = false;
+    for (int64_t c = 0; c < part_.count; c += W) grows |= read_block(at, c, begin, length);
+    const bool from_zero = begin == 0 && !given(in_.initial_state), varies = B_.varies() && C_.varies();
+    if (from_zero && length == at.length && length <= longest_short && varies && !grows)
+      run_short(at, length);
+    else
+      run_general(at, begin, length, start, from_zero);
+    for (int64_t c = 0; c < part_.count; c += W) finish_block(at, c, begin, length);
+  }
+
+  void run_short(Sequence at, int64_t length) {
+    switch (length) {
+      case 1:
+        return run_short<1>(at);
+      case 2:
+        return run_short<2>(at);
+      case 3:
+        return run_short<3>(at);
+      case 4:
+        return run_short<4>(at);
+      case 5:
+        return run_short<5>(at);
+      case 6:
+        return run_short<6>(at);
+      case 7:
+        return run_short<7>(at);
+      default:
+        return run_short<8>(at);
+    }
+  }
+
+  template <int Length>
+  void run_short(Sequence at) {
+    static_assert(2 * Length <= 2 * longest_chunk);
+    T* const sums = trail_.dB();
+    for (int64_t n = 0; n < part_.states; ++n) {
+      V dB[Length], dC[Length];
+      for (int t = 0; t < Length; ++t) dB[t] = dC[t] = V::zero();
+      for (int64_t c = 0; c < part_.count; c += W) {
+        const int64_t tile = (c / W * part_.states + n) * W;
+        V sum_A = V::load(dA_ + tile);
+        there_and_back_short<V, Length>(rows_of(c), V::load(states_.A(c) + n * W), V::load(carry_ + tile), sum_A, dB,
+                                        dC, B_.broadcast(), C_.broadcast(), n, want_y_);
+        sum_A.store(dA_ + tile);
+      }
+      for (int t = 0; t < Length; ++t) dB[t].store(sums + t * W), dC[t].store(sums + (Length + t) * W);
+      T both[2 * Length];
+      sum_lanes<V>(sums, both, 2 * Length);
+      copy(partial_.dB + partial_at(at, n, 0), both, Length);
+      copy(partial_.dC + partial_at(at, n, 0), both + Length, Length);
+    }
+  }
+
+  void run_general(Sequence at, int64_t begin, int64_t length, const T* start, bool from_zero) {
+    const auto go = [&](auto b, auto c) {
+      int64_t n = 0;
+      for (; n + at_once <= part_.states; n += at_once)
+        run_states(trail_, at, b, c, n, begin, length, start, from_zero);
+      for (; n < part_.states; ++n) run_states(trail_one_, at, b, c, n, begin, length, start, from_zero);
+    };
+    const auto B_now = [&](int64_t) { return B_.broadcast(); };
+    const auto C_now = [&](int64_t) { return C_.broadcast(); };
+    const auto B_of = [&](int64_t c) { return B_.per_lane(c); };
+    const auto C_of = [&](int64_t c) { return C_.per_lane(c); };
+    if (B_.varies())
+      C_.varies() ? go(B_now, C_now) : go(B_now, C_of);
+    else
+      C_.varies() ? go(B_of, C_now) : go(B_of, C_of);
+  }
+
+  // `Count` states of all blocks; b_of(c) and c_of(c) are a block's projections.
+  template <int Count, class B, class C>
+  void run_states(const Trail<V, Count>& trail, Sequence at, B b_of, C c_of, int64_t n, int64_t begin, int64_t length,
+                  const T* start, bool from_zero) {
+    fill_zero(trail.dB(), 2 * Count * trail.size);
+    for (int64_t c = 0; c < part_.count; c += W) {
+      const int64_t block = c / W, tile = block * part_.states * W;
+      there_and_back<V, Count>(rows_of(c), trail, states_.A(c), start + tile, carry_ + tile, dA_ + tile, b_of(c),
+                               c_of(c), n, length, grows_[block], from_zero, want_y_);
+      if (!B_.varies()) add_over_time<Count>(trail.dB(), dB_ + tile, n, length);
+      if (!C_.varies()) add_over_time<Count>(trail.dC(), dC_ + tile, n, length);
+    }
+    for (int j = 0; j < Count; ++j) {
+      const int64_t row = partial_at(at, n + j, begin);
+      if (B_.varies()) sum_lanes<V>(trail.dB() + j * trail.size, partial_.dB + row, length);
+      if (C_.varies()) sum_lanes<V>(trail.dC() + j * trail.size, partial_.dC + row, length);
+    }
+  }
+
+  // Row n of this slice in the partial sums of dB and dC, from step `begin` of the sequence on.
+  int64_t partial_at(Sequence at, int64_t n, int64_t begin) const {
+    const int64_t slice = (part_.first - part_.group * cut_.channels) / cut_.slice;
+    const int64_t row = (part_.group * cut_.slices + slice) * in_.state + n;
+    return row * all_times(in_) + first_time(in_, at) + begin;
+  }
+
+  // For a projection per channel: sums over time, which begin anew with the next block.
+  template <int Count>
+  static void add_over_time(T* rows, T* sums, int64_t n, int64_t length) {
+    for (int j = 0; j < Count; ++j, rows += Trail<V, Count>::size) {
+      V sum = V::load(sums + (n + j) * W);
+      for (int64_t t = 0; t < length; ++t) sum = sum + V::load(rows + t * W);
+      sum.store(sums + (n + j) * W);
+      fill_zero(rows, length * W);
+    }
+  }
+
+  GradRows<V> rows_of(int64_t c) const {
+    return {in_, rows_ + c / W * GradRows<V>::count * cut_.chunk * W, cut_.chunk};
+  }
+
+  // True if a factor may exceed one.
+  bool read_block(Sequence at, int64_t c, int64_t begin, int64_t length) {
+    const GradRows<V> rows = rows_of(c);
+    const int64_t d = part_.first + c, size = length * W;
+    const int lanes = states_.lanes(c);
+    grows_[c / W] = rows.read(at, d, lanes, begin, length) || states_.grows(c);
+    if (given(args_.grad_out))
+      rows.read_time(rows.grad_out(), args_.grad_out, at, d, lanes, begin, length);
+    else
+      fill_zero(rows.grad_out(), size);
+    if (given(in_.z)) {
+      rows.read_time(rows.z(), in_.z, at, d, lanes, begin, length);
+      for (int64_t i = 0; i < size; i += W)
+        (V::load(rows.grad_out() + i) * silu(V::load(rows.z() + i))).store(rows.grad_y() + i);
+    } else {
+      copy(rows.grad_y(), rows.grad_out(), size);
+    }
+    fill_zero(rows.y(), size);
+    fill_zero(rows.along_A(), size);
+    fill_zero(rows.along_B(), size);
+    return grows_[c / W];
+  }
+
+  // du, ddelta, dz and the sums over time of a chunk.
+  void finish_block(Sequence at, int64_t c, int64_t begin, int64_t length) {
+    const GradRows<V> rows = rows_of(c);
+    const int64_t d = part_.first + c;
+    const int lanes = states_.lanes(c);
+    const V skip = Rows<V>::lanes_of(in_.D, d, lanes), ln2 = V::set1(static_cast<T>(0.6931471805599453));
+    T *const ddelta = rows.along_A(), *const du = rows.along_B(), *const dz = rows.y();
+    V sum_D = V::zero(), sum_delta = V::zero();
+    for (int64_t i = 0; i < length * W; i += W) {
+      const V u = V::load(rows.u() + i), along_B = V::load(rows.along_B() + i), raw = V::load(rows.raw_delta() + i);
+      const V grad_y = V::load(rows.grad_y() + i);
+      V slope = V::fma(u, along_B, ln2 * V::load(rows.along_A() + i));
+      if (in_.delta_softplus) slope = slope * V::if_greater(raw, V::set1(20), V::set1(1), sigmoid(raw));
+      sum_delta = sum_delta + slope;
+      sum_D = V::fma(grad_y, u, sum_D);
+      slope.store(ddelta + i);
+      V::fma(V::load(rows.delta() + i), along_B, skip * grad_y).store(du + i);
+      if (given(args_.dz)) {
+        const V y = V::fma(skip, u, V::load(rows.y() + i));
+        (V::load(rows.grad_out() + i) * y * silu_slope(V::load(rows.z() + i))).store(dz + i);
+      }
+    }
+    write_time(args_.du, at, d, lanes, begin, length, du);
+    write_time(args_.ddelta, at, d, lanes, begin, length, ddelta);
+    write_time(args_.dz, at, d, lanes, begin, length, dz);
+    T values[2 * W];
+    sum_D.store(values), sum_delta.store(values + W);
+    const int64_t row = part_.begin / cut_.sequences * in_.dim + d;
+    for (int i = 0; i < lanes; ++i) {
+      partial_.dD[row + i] += static_cast<double>(values[i]);
+      partial_.ddelta_bias[row + i] += static_cast<double>(values[W + i]);
+    }
+  }
+
+  static void write_time(const TensorView& view, Sequence at, int64_t d, int lanes, int64_t begin, int64_t length,
+                         const T* rows) {
+    if (given(view)) write_tile<V>(rows, view, Rows<V>::time_tile(view, at, d, begin), lanes, length);
+  }
+
+  // [blocks, N, W] to rows [D, N] of a range.
+  void write_channels(T* to, int64_t range, const T* tiles) const {
+    TensorView view;
+    view.data = to + range * in_.dim * in_.state;
+    view.dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+    view.rank = 3;
+    view.stride[1] = in_.state, view.stride[2] = 1;
+    states_.write(view, 0, tiles);
+  }
+
+  const SsmScanBwd& args_;
+  const SsmScan& in_;
+  const Cut& cut_;
+  const Part part_;
+  const Partial<T>& partial_;
+  States<V> states_;
+  Projection<V> B_, C_;
+  int64_t blocks_;
+  Buffer<T> rows_;
+  Buffer<bool> grows_;
+  Buffer<T> start_;       // [chunks, blocks, N, W]: the states before each chunk
+  Buffer<T> carry_, dA_;  // [blocks, N, W]
+  Buffer<T> dB_, dC_;     // the same, of a projection per channel
+  Trail<V, at_once> trail_;
+  Trail<V, 1> trail_one_;
+  bool want_y_;
+};
+
+// One backward call.
 template <class V>
 class Backward {
  public:
   using T = typename V::scalar;
 
   explicit Backward(const SsmScanBwd& args)
-      : args_(args),
-        in_(args.forward),
-        g_(cut(args.forward)),
-        rows_(in_.batch * in_.dim),
-        state_size_(rows_ * g_.padded) {
-    share_ = rows_ * larger(1, in_.state) * in_.length > work_worth_sharing / 4;
-    const int64_t per_step = 2 * g_.tasks(in_.batch) * larger(1, g_.padded);
-    constexpr int64_t budget = 1 << 23;  // elements of the partial sums of dB and dC
-    span_ = larger(1, smaller(in_.length, larger(1, budget / larger(1, per_step * g_.chunk)) * g_.chunk));
-    spans_ = div_up(in_.length, span_);
+      : args_(args), in_(args.forward), cut_(cut_up(in_)), empty_(in_.batch == 0 || in_.dim == 0) {
+    share_ = in_.dim * larger(1, in_.state) * all_times(in_) > work_worth_sharing / 4;
   }
 
   void run() {
-    Buffer<T> carry(state_size_, T(0)), dA(state_size_, T(0));
-    Buffer<T> dB(per_channel(in_.B) ? state_size_ : 0, T(0)), dC(per_channel(in_.C) ? state_size_ : 0, T(0));
-    Buffer<T> dB_slices(per_channel(in_.B) ? 0 : slices_size()), dC_slices(per_channel(in_.C) ? 0 : slices_size());
-    Buffer<T> starts(larger(0, spans_ - 1) * state_size_);
-    Buffer<double> dD(rows_, 0.0), ddelta_bias(rows_, 0.0);
-    carry_ = carry.get(), dA_ = dA.get(), dB_ = dB.get(), dC_ = dC.get(), starts_ = starts.get();
-    dB_slices_ = per_channel(in_.B) ? nullptr : dB_slices.get();
-    dC_slices_ = per_channel(in_.C) ? nullptr : dC_slices.get();
-    dD_ = dD.get(), ddelta_bias_ = ddelta_bias.get();
-
-    read_final_gradient();
-    if (spans_ > 1) parallel(g_.tasks(in_.batch), share_, [&](int64_t task) { find_starts(task); });
-    for (int64_t span = spans_ - 1; span >= 0; --span) {
-      parallel(g_.tasks(in_.batch), share_, [&](int64_t task) { run_span(task, span); });
-      add_slices(args_.dB, in_.B, dB_slices_, span);
-      add_slices(args_.dC, in_.C, dC_slices_, span);
-    }
-    add_batches(args_.dA, dA_);
-    if (per_channel(in_.B)) add_batches(args_.dB, dB_);
-    if (per_channel(in_.C)) add_batches(args_.dC, dC_);
-    add_rows(args_.dD, dD_);
-    add_rows(args_.ddelta_bias, ddelta_bias_);
-    if (given(args_.dinitial_state))
-      for (int64_t r = 0; r < rows_; ++r)
-        copy(static_cast<T*>(args_.dinitial_state.data) + r * in_.state, carry_ + r * g_.padded, in_.state);
+    const bool B_varies = !per_channel(in_.B), C_varies = !per_channel(in_.C);
+    const int64_t channels = cut_.ranges * in_.dim, steps = cut_.groups * cut_.slices * in_.state * all_times(in_);
+    Buffer<T> dA(channels * in_.state), dB(B_varies ? steps : channels * in_.state);
+    Buffer<T> dC(C_varies ? steps : channels * in_.state);
+    Buffer<double> dD(channels, 0.0), ddelta_bias(channels, 0.0);
+    const Partial<T> partial{dA.get(), dB.get(), dC.get(), dB.get(), dC.get(), dD.get(), ddelta_bias.get()};
+    parallel(empty_ ? 0 : cut_.tasks(), share_,
+             [&](int64_t task) { BackwardPart<V>(args_, cut_, part_of(cut_, in_, task), partial).run(); });
+    add_ranges(args_.dA, dA.get());
+    B_varies ? add_slices(args_.dB, in_.B, dB.get()) : add_ranges(args_.dB, dB.get());
+    C_varies ? add_slices(args_.dC, in_.C, dC.get()) : add_ranges(args_.dC, dC.get());
+    add_rows(args_.dD, dD.get());
+    add_rows(args_.ddelta_bias, ddelta_bias.get());
   }
 
  private:
   // A function of the shapes only: the slices decide in which order sums over channels are taken.
-  static Geometry cut(const SsmScan& in) {
-    Geometry g = geometry_of<V>(in);
-    constexpr int64_t wanted_tasks = 64;
-    const int64_t slices = smaller(div_up(wanted_tasks, larger(1, in.batch * g.groups)), div_up(g.channels, 8));
-    g.slice = larger(1, div_up(g.channels, larger(1, slices)));
-    g.slices = div_up(g.channels, g.slice);
-    g.chunk = larger(1, smaller(in.length, larger(8, smaller(64, 8192 / larger(1, g.padded)))));
-    return g;
+  static Cut cut_up(const SsmScan& in) {
+    Cut cut = cut_groups(in);
+    const int64_t batch = larger(1, in.batch);
+    cut.chunk = larger(1, smaller(longest_sequence(in), longest_chunk));
+    // Partial sums of dB and dC take no more room than a few arrays of the size of u; a slice's rows stay in the cache.
+    const int64_t slices = larger(1, smaller(2 * cut.channels / larger(1, in.state), div_up(24, cut.groups)));
+    cut.slice = smaller(round_up(div_up(cut.channels, slices), V::width),
+                        larger(larger(128, V::width), in.state / 2 / V::width * V::width));
+    cut.slices = div_up(cut.channels, cut.slice);
+    const int64_t wanted_ranges = div_up(64, cut.groups * cut.slices);
+    cut.sequences = div_up(batch, smaller(batch, wanted_ranges));
+    cut.ranges = div_up(batch, cut.sequences);
+    return cut;
   }
 
-  int64_t slices_size() const { return g_.tasks(in_.batch) * span_ * g_.padded; }
-
-  void read_final_gradient() {
-    const TensorView& view = args_.grad_final_state;
-    if (!given(view)) return;
-    for (int64_t r = 0; r < rows_; ++r)
-      read_row<V>(carry_ + r * g_.padded, view, offset_of(view, r / in_.dim, r % in_.dim), view.stride[2], in_.state);
-  }
-
-  // Row of channel 0 of the block in an array [B, D, padded].
-  int64_t state_offset(const Block<V>& block) const { return (block.batch() * in_.dim + block.first()) * g_.padded; }
-
-  // The states at the start of every span but the first.
-  void find_starts(int64_t task) {
-    Block<V> block(in_, g_, task);
-    const int64_t size = block.count() * g_.padded;
-    Buffer<T> states(size, T(0));
-    if (given(in_.initial_state)) block.read_initial(states.get());
-    const auto keep = [&](int64_t t) {
-      if (t > 0 && t % span_ == 0)
-        copy(starts_ + (t / span_ - 1) * state_size_ + state_offset(block), states.get(), size);
-    };
-    scan_block(in_, block, states.get(), 0, (spans_ - 1) * span_, keep, [](int64_t, int64_t, int64_t, int64_t) {});
-    keep((spans_ - 1) * span_);
-  }
-
-  void run_span(int64_t task, int64_t span) {
-    Block<V> block(in_, g_, task);
-    const int64_t begin = span * span_, end = smaller(in_.length, begin + span_);
-    const int64_t chunks = div_up(end - begin, g_.chunk), size = block.count() * g_.padded;
-    Buffer<T> states(size, T(0)), checkpoints(chunks * size);
-    if (span > 0)
-      copy(states.get(), starts_ + (span - 1) * state_size_ + state_offset(block), size);
-    else if (given(in_.initial_state))
-      block.read_initial(states.get());
-    const auto keep = [&](int64_t t) { copy(checkpoints + (t - begin) / g_.chunk * size, states.get(), size); };
-    scan_block(in_, block, states.get(), begin, begin + (chunks - 1) * g_.chunk, keep,
-               [](int64_t, int64_t, int64_t, int64_t) {});
-    keep(begin + (chunks - 1) * g_.chunk);
-
-    Scratch scratch(g_);
-    for (int64_t k = chunks - 1; k >= 0; --k) {
-      const int64_t t = begin + k * g_.chunk, length = smaller(g_.chunk, end - t);
-      block.read_projections(t, length);
-      T* const dB = slice_rows(dB_slices_, task, t - begin, length);
-      T* const dC = slice_rows(dC_slices_, task, t - begin, length);
-      for (int64_t c = 0; c < block.count(); c += block.panel) {
-        const int64_t channels = smaller(block.panel, block.count() - c);
-        block.read_panel(c, channels, t, length);
-        read_gradient(block, scratch, c, channels, t, length);
-        for (int64_t i = 0; i < channels; ++i) {
-          copy(scratch.h.get(), checkpoints + k * size + (c + i) * g_.padded, g_.padded);
-          run_channel(block, scratch, c + i, i, t, length, dB, dC);
-        }
-        finish_panel(block, scratch, c, channels, t, length);
-      }
-    }
-  }
-
-  struct Scratch {
-    static constexpr int64_t panel = Block<V>::panel;
-    Buffer<T> h, a, sums;                              // [chunk + 1, padded], [chunk, padded], [3, padded]
-    Buffer<T> grad_y, grad_out, along_B, along_A, du;  // [panel, chunk]
-
-    explicit Scratch(const Geometry& g)
-        : h((g.chunk + 1) * g.padded),
-          a(g.chunk * g.padded),
-          sums(3 * g.padded),
-          grad_y(panel * g.chunk),
-          grad_out(panel * g.chunk),
-          along_B(panel * g.chunk),
-          along_A(panel * g.chunk),
-          du(panel * g.chunk) {}
-  };
-
-  // dB and dC are rows of the slice's partial sums, or null for a projection per channel.
-  void run_channel(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t row, int64_t t, int64_t length,
-                   T* dB, T* dC) {
-    const int64_t at = state_offset(block) + c * g_.padded;
-    T *const dA = scratch.sums.get(), *const dB_c = dA + g_.padded, *const dC_c = dB_c + g_.padded;
-    fill_zero(dA, 3 * g_.padded);
-    Sweep<T> s;
-    s.h = scratch.h.get(), s.a = scratch.a.get(), s.carry = carry_ + at, s.dA = dA;
-    s.dB = dB ? dB : dB_c, s.dB_pitch = dB ? g_.padded : 0;
-    s.dC = dC ? dC : dC_c, s.dC_pitch = dC ? g_.padded : 0;
-    s.grad_y = scratch.grad_y.get(), s.y = block.y(), s.along_B = scratch.along_B.get();
-    s.along_A = scratch.along_A.get();
-    scan_states(block, c, row, scratch.h.get(), scratch.a.get(), in_.state, length, block.from_zero(t));
-    sweep_channel(block, c, row, s, in_.state, length);
-    add(dA_ + at, dA);
-    if (!dB) add(dB_ + at, dB_c);
-    if (!dC) add(dC_ + at, dC_c);
-  }
-
-  // The rows of a task in a partial sum [tasks, span, padded], set to zero; null for a projection per channel.
-  T* slice_rows(T* slices, int64_t task, int64_t t, int64_t length) const {
-    if (!slices) return nullptr;
-    T* const rows = slices + (task * span_ + t) * g_.padded;
-    fill_zero(rows, length * g_.padded);
-    return rows;
-  }
-
-  void add(T* to, const T* from) const {
-    for (int64_t n = 0; n < g_.padded; n += V::width) (V::load(to + n) + V::load(from + n)).store(to + n);
-  }
-
-  // The gradients of the result and of the result before the gate.
-  void read_gradient(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t channels, int64_t t,
-                     int64_t length) {
-    block.read_time_rows(scratch.grad_out.get(), args_.grad_out, c, channels, t, length);
-    if (!given(in_.z)) return copy(scratch.grad_y.get(), scratch.grad_out.get(), channels * length);
-    block.read_time_rows(block.z(), in_.z, c, channels, t, length);
-    vectors<V>(channels * length, [&](int64_t i, int n) {
-      const V grad_y = V::load_first(scratch.grad_out + i, n) * silu(V::load_first(block.z() + i, n));
-      grad_y.store_first(scratch.grad_y + i, n);
-    });
-  }
-
-  // du, ddelta, dz and the sums over time of this chunk.
-  void finish_panel(const Block<V>& block, const Scratch& scratch, int64_t c, int64_t channels, int64_t t,
-                    int64_t length) {
-    T* const ddelta = scratch.along_A.get();
-    T* const du = scratch.du.get();
-    T* const dz = block.y();
-    vectors<V>(channels * length, [&](int64_t i, int n) {
-      const V raw = V::load_first(block.raw_delta() + i, n), along_B = V::load_first(scratch.along_B + i, n);
-      V grad = V::fma(V::load_first(block.u() + i, n), along_B, V::load_first(ddelta + i, n));
-      if (in_.delta_softplus) grad = grad * V::if_greater(raw, V::set1(T(20)), V::set1(T(1)), sigmoid(raw));
-      grad.store_first(ddelta + i, n);
-      (V::load_first(block.delta() + i, n) * along_B).store_first(du + i, n);
-    });
-    add_skip(in_, block, c, channels, length);
-    if (given(args_.dz)) {
-      vectors<V>(channels * length, [&](int64_t i, int n) {
-        const V slope = silu_slope(V::load_first(block.z() + i, n));
-        (V::load_first(scratch.grad_out + i, n) * V::load_first(dz + i, n) * slope).store_first(dz + i, n);
-      });
-    }
-    for (int64_t i = 0; i < channels; ++i) {
-      const int64_t d = block.first() + c + i, row = block.batch() * in_.dim + d, at = i * length;
-      const T skip = optional_element<T>(in_.D, d);
-      double sum_D = 0, sum_delta = 0;
-      for (int64_t s = at; s < at + length; ++s) {
-        du[s] += skip * scratch.grad_y[s];
-        sum_D += static_cast<double>(scratch.grad_y[s]) * static_cast<double>(block.u()[s]);
-        sum_delta += static_cast<double>(ddelta[s]);
-      }
-      dD_[row] += sum_D;
-      ddelta_bias_[row] += sum_delta;
-      write_time_row(args_.du, row, t, du + at, length);
-      write_time_row(args_.ddelta, row, t, ddelta + at, length);
-      write_time_row(args_.dz, row, t, dz + at, length);
-    }
-  }
-
-  void write_time_row(const TensorView& view, int64_t row, int64_t t, const T* from, int64_t length) const {
-    if (given(view)) copy(static_cast<T*>(view.data) + row * in_.length + t, from, length);
-  }
-
-  // [B, G, N, L] of one span, from the partial sums of the slices of the group.
-  void add_slices(const TensorView& out, const TensorView& projection, const T* slices, int64_t span) {
-    if (per_channel(projection) || !given(out)) return;
-    const int64_t groups = projection.shape[1], parts = g_.groups / groups * g_.slices;
-    const int64_t begin = span * span_, length = smaller(span_, in_.length - begin), task_size = span_ * g_.padded;
-    parallel(in_.batch * groups, share_, [&](int64_t bg) {
-      Buffer<T> sum(g_.padded);
-      for (int64_t t = 0; t < length; ++t) {
-        const T* const part = slices + bg * parts * task_size + t * g_.padded;
-        fill_zero(sum.get(), g_.padded);
-        for (int64_t p = 0; p < parts; ++p) add(sum.get(), part + p * task_size);
-        T* const to = static_cast<T*>(out.data) + bg * in_.state * in_.length + begin + t;
-        for (int64_t n = 0; n < in_.state; ++n) to[n * in_.length] = sum[n];
-      }
-    });
-  }
-
-  // [D, N] from [B, D, padded].
-  void add_batches(const TensorView& out, const T* parts) {
+  // [B, G, N, L] from the partial sums [groups, slices, N, times] of the group.
+  void add_slices(const TensorView& out, const TensorView& projection, const T* partial) {
     if (!given(out)) return;
-    parallel(in_.dim, share_ && in_.batch > 1, [&](int64_t d) {
-      T* const to = static_cast<T*>(out.data) + d * in_.state;
-      for (int64_t n = 0; n < in_.state; ++n) {
-        T sum(0);
-        for (int64_t b = 0; b < in_.batch; ++b) sum += parts[(b * in_.dim + d) * g_.padded + n];
-        to[n] = sum;
-      }
+    const int64_t groups = projection.shape[1], parts = empty_ ? 0 : cut_.groups / groups * cut_.slices,
+                  times = all_times(in_);
+    const int64_t batch = in_.offsets ? 1 : in_.batch, length = in_.length, rows = batch * groups * in_.state;
+    parallel(rows, share_, [&](int64_t row) {
+      const int64_t n = row % in_.state, group = row / in_.state % groups, b = row / in_.state / groups;
+      T* const to = static_cast<T*>(out.data) + row * length;
+      const T* const from = partial + (group * parts * in_.state + n) * times + b * length;
+      vectors<V>(length, [&](int64_t t, int count) {
+        V sum = V::zero();
+        for (int64_t p = 0; p < parts; ++p) sum = sum + V::load_first(from + p * in_.state * times + t, count);
+        sum.store_first(to + t, count);
+      });
     });
   }
 
-  // [D] from [B, D].
-  void add_rows(const TensorView& out, const double* parts) {
+  // [D, N] from [ranges, D, N].
+  void add_ranges(const TensorView& out, const T* partial) {
+    if (!given(out)) return;
+    const int64_t size = in_.dim * in_.state, ranges = empty_ ? 0 : cut_.ranges;
+    vectors<V>(size, [&](int64_t i, int count) {
+      V sum = V::zero();
+      for (int64_t r = 0; r < ranges; ++r) sum = sum + V::load_first(partial + r * size + i, count);
+      sum.store_first(static_cast<T*>(out.data) + i, count);
+    });
+  }
+
+  // [D] from [ranges, D].
+  void add_rows(const TensorView& out, const double* partial) {
     if (!given(out)) return;
     for (int64_t d = 0; d < in_.dim; ++d) {
       double sum = 0;
-      for (int64_t b = 0; b < in_.batch; ++b) sum += parts[b * in_.dim + d];
+      for (int64_t r = 0; r < cut_.ranges; ++r) sum += partial[r * in_.dim + d];
       static_cast<T*>(out.data)[d] = static_cast<T>(sum);
     }
   }
 
   const SsmScanBwd& args_;
   const SsmScan& in_;
-  Geometry g_;
-  int64_t rows_, state_size_;  // B·D, B·D·padded
+  Cut cut_;
+  bool empty_;  // no sequences or no channels: every sum is zero
   bool share_;
-  int64_t span_, spans_;  // time is worked on in spans, so that the partial sums of dB and dC stay bounded
-
-  T *carry_, *dA_, *dB_, *dC_;  // [B, D, padded]
-  T* starts_;                   // [spans - 1, B, D, padded]
-  T *dB_slices_, *dC_slices_;   // [tasks, span, padded]
-  double *dD_, *ddelta_bias_;   // [B, D]
 };
 
-}  // namespace fastlvm::FASTLVM_ISA::ssm_old
+}  // namespace fastlvm::FASTLVM_ISA::ssm
