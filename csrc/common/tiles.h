@@ -42,21 +42,28 @@ struct TileAt {
   int64_t offset, lane, step;
 };
 
-// tile[s] for s < steps; lanes from `lanes` on are zero.
+// tile[s] for s < steps; lanes from `lanes` on are zero. What lies `ahead` steps later is fetched into the cache: rows
+// far apart are too many streams for the processor to foresee.
 template <class V>
-inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
+inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps,
+                      int64_t ahead = 0) {
   using T = typename V::scalar;
   constexpr int W = V::width;
   with_format<V>(view, [&](auto format, const auto* data) {
     const auto* const p = data + at.offset;
     if (at.lane == 1 || W == 1) {
-      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, lanes).store(tile + s * W);
+      for (int64_t s = 0; s < steps; ++s) {
+        if (ahead) FASTLVM_PREFETCH(p + (s + ahead) * at.step);
+        format.load(p + s * at.step, lanes).store(tile + s * W);
+      }
     } else if (at.step == 1) {
       int64_t s = 0;
       if (lanes == W) {
         for (; s + W <= steps; s += W) {
           V rows[W];
           for (int i = 0; i < W; ++i) rows[i] = format.load(p + i * at.lane + s, W);
+          if (ahead)
+            for (int i = 0; i < W; ++i) FASTLVM_PREFETCH(p + i * at.lane + s + ahead);
           V::transpose(rows);
           for (int i = 0; i < W; ++i) rows[i].store(tile + (s + i) * W);
         }

@@ -11,6 +11,10 @@
 
 #include "common/half.h"
 
+#if defined(__SSE2__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
 // Inner loops fall apart where the compiler stops inlining by its own rules.
 #if defined(_MSC_VER) && !defined(__clang__)
 #define FASTLVM_INLINE __forceinline
@@ -18,7 +22,48 @@
 #define FASTLVM_INLINE inline __attribute__((always_inline))
 #endif
 
+#if defined(__GNUC__)
+#define FASTLVM_PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#else
+#define FASTLVM_PREFETCH(p) static_cast<void>(p)
+#endif
+
 namespace fastlvm::FASTLVM_ISA {
+
+// While one lives, results too small for a normal number become zero on this thread. A state that decays without new
+// input would stop at some subnormal number for good, and every step with it takes the slow path of the processor. Not
+// for vectors whose fma rounds twice: h + p h would stop where p h becomes zero.
+template <class V>
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(read()) { write(V::width > 1 ? before_ | flush : before_); }
+  ~FlushSubnormals() { write(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+#if defined(__SSE2__) || defined(_M_X64)
+  using Word = unsigned int;
+  static constexpr Word flush = 0x8000;
+  static Word read() { return _mm_getcsr(); }
+  static void write(Word word) { _mm_setcsr(word); }
+#elif defined(__aarch64__) && defined(__GNUC__)
+  using Word = uint64_t;
+  static constexpr Word flush = 1 << 24;
+  static Word read() {
+    Word word;
+    asm volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+  }
+  static void write(Word word) { asm volatile("msr fpcr, %0" ::"r"(word)); }
+#else
+  using Word = int;
+  static constexpr Word flush = 0;
+  static Word read() { return 0; }
+  static void write(Word) {}
+#endif
+  Word before_;
+};
 
 template <class T>
 struct Scalar {

@@ -129,7 +129,7 @@ class Rows {
 
   static void read_time(T* to, const TensorView& view, Sequence at, int64_t d, int lanes, int64_t begin,
                         int64_t length) {
-    read_tile<V>(to, view, time_tile(view, at, d, begin), lanes, length);
+    read_tile<V>(to, view, time_tile(view, at, d, begin), lanes, length, begin + length < at.length ? length : 0);
   }
 
   static TileAt time_tile(const TensorView& view, Sequence at, int64_t d, int64_t begin) {

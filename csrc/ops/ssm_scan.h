@@ -4,8 +4,8 @@
 // scalars read where they lie. Within a block the states are taken a few at a time and time is the inner loop: a state
 // stays in a register for a chunk of time. A is held transposed and times log2(e), as the exponentials want it.
 // A task is a slice of the channels of one group for a range of sequences; where these are too few to keep a team of
-// threads busy, the states are split as well, and their shares of the output are added afterwards. How work is cut up
-// follows from the shapes alone: no bit of a result depends on the number of threads.
+// threads busy, the states are split as well, and their shares of the output are added afterwards. No bit of a result
+// depends on the number of threads: channels do not meet, and the shares follow from the shapes alone.
 #pragma once
 
 #include "ops/ssm_parts.h"
@@ -136,7 +136,10 @@ class Forward {
     if (args_.batch == 0 || args_.dim == 0) return;
     Buffer<T> shares(cut_.shares > 1 ? cut_.shares * blocks() * times_ * W : 0);
     shares_ = shares.get();
-    parallel(cut_.tasks(), share_, [&](int64_t task) { run_part(part_of(cut_, args_, task)); });
+    parallel(cut_.tasks(), share_, [&](int64_t task) {
+      const FlushSubnormals<V> flush;
+      run_part(part_of(cut_, args_, task));
+    });
     if (cut_.shares == 1) return;
     Cut whole = cut_;
     whole.shares = 1;
@@ -148,18 +151,18 @@ class Forward {
     Cut cut = cut_groups(args);
     const int64_t batch = larger(1, args.batch), dim = larger(1, args.dim);
     cut.chunk = larger(1, smaller(longest_sequence(args), 64));
-    const int64_t state_bytes = larger(1, args.state) * static_cast<int64_t>(sizeof(T));
-    const int64_t fitting = (1 << 16) / state_bytes;  // A and the states stay in the cache
-    const int64_t wanted = div_up(batch * dim, 32);
-    cut.slice = larger(W, smaller(fitting, larger(64, smaller(256, wanted))) / W * W);
+    // Wide slices: rows of a channel-last array are then read in long pieces. A and the states stay in the cache.
+    const int64_t wanted_tasks = 4 * get_num_threads();
+    const int64_t fitting = (1 << 16) / (larger(1, args.state) * static_cast<int64_t>(sizeof(T)));
+    cut.slice = larger(W, smaller(smaller(fitting, 256), div_up(batch * dim, wanted_tasks)) / W * W);
     cut.slices = div_up(cut.channels, cut.slice);
     // A is transposed once for a range of sequences.
-    const int64_t wanted_ranges = div_up(64, cut.groups * cut.slices);
-    cut.sequences = div_up(batch, smaller(batch, wanted_ranges));
+    cut.sequences = div_up(batch, smaller(batch, div_up(wanted_tasks, cut.groups * cut.slices)));
     cut.ranges = div_up(batch, cut.sequences);
-    const int64_t tasks = cut.tasks();
-    if (tasks < 8 && args.state >= 16) {
-      cut.states = round_up(div_up(args.state, smaller(args.state / 8, 8 / tasks)), 4);
+    // The shares decide in which order y is summed: they follow from the shapes alone, as the rest need not.
+    const int64_t blocks = batch * cut.groups * div_up(cut.channels, W);
+    if (blocks < 8 && args.state >= 16) {
+      cut.states = round_up(div_up(args.state, smaller(args.state / 8, div_up(8, blocks))), 4);
       cut.shares = div_up(args.state, cut.states);
     }
     return cut;

@@ -328,7 +328,7 @@ class BackwardPart {
   template <int Count, class B, class C>
   void run_states(const Trail<V, Count>& trail, Sequence at, B b_of, C c_of, int64_t n, int64_t begin, int64_t length,
                   const T* start, bool from_zero) {
-    fill_zero(trail.dB(), 2 * Count * trail.size);
+    for (int j = 0; j < 2 * Count; ++j) fill_zero(trail.dB() + j * trail.size, length * W);
     for (int64_t c = 0; c < part_.count; c += W) {
       const int64_t block = c / W, tile = block * part_.states * W;
       there_and_back<V, Count>(rows_of(c), trail, states_.A(c), start + tile, carry_ + tile, dA_ + tile, b_of(c),

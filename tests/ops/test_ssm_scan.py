@@ -180,3 +180,15 @@ def test_a_nan_step_reaches_every_later_output(backend):
     assert bool(out[0, 0, 3:].isnan().all())
     assert bool(final[0, 0].isnan().all())
     assert bool(out[0, 1:].isfinite().all())
+
+
+def test_a_state_without_input_decays_to_zero(isa):
+    """It does not stop at a subnormal number, which would be slow for the rest of the sequence."""
+    if isa == "scalar":
+        pytest.skip("the scalar kernels keep subnormal numbers")
+    zeros = torch.zeros(1, 1, 400)
+    A = torch.full((1, 16), -0.1)
+    args = (zeros, torch.ones_like(zeros), A, torch.ones(1, 16), torch.ones(1, 16))
+    state = torch.full((1, 1, 16), 1e-30)
+    _, final = fastlvm.ssm_scan(*args, initial_state=state, return_final_state=True, backend="cpu")
+    assert torch.equal(final, torch.zeros_like(final))
