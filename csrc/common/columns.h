@@ -10,20 +10,22 @@ constexpr int64_t max_columns = 8;
 
 #if defined(FASTLVM_VECTOR_AVX512)
 
-// Element (row, k) of [16, N] is lane (row * N + k) % 16 of the vector (row * N + k) / 16.
+// Element (row, k) of [16, N] is lane (row * N + k) % 16 of the vector (row * N + k) / 16. Operands go in pairs: bit 4
+// of an index says which of the two, and a mask the lanes that come from the pair.
 template <int N>
 struct ColumnTables {
   alignas(64) int32_t split[N][16], join[N][16];
-  uint16_t split_mask[N][N], join_mask[N][N];  // lanes of result i that come from operand j
+  uint16_t split_mask[N][N], join_mask[N][N];
 
   constexpr ColumnTables() : split(), join(), split_mask(), join_mask() {
     for (int i = 0; i < N; ++i) {
       for (int lane = 0; lane < 16; ++lane) {
         const int to = lane * N + i, from = i * 16 + lane;
-        split[i][lane] = to % 16;
-        join[i][lane] = from / N;
-        split_mask[i][to / 16] = static_cast<uint16_t>(split_mask[i][to / 16] | 1 << lane);
-        join_mask[i][from % N] = static_cast<uint16_t>(join_mask[i][from % N] | 1 << lane);
+        split[i][lane] = to % 32;
+        join[i][lane] = from / N + from % N % 2 * 16;
+        uint16_t &to_mask = split_mask[i][to / 32], &from_mask = join_mask[i][from % N / 2];
+        to_mask = static_cast<uint16_t>(to_mask | 1 << lane);
+        from_mask = static_cast<uint16_t>(from_mask | 1 << lane);
       }
     }
   }
@@ -34,12 +36,16 @@ inline constexpr ColumnTables<N> column_tables{};
 
 template <int N>
 inline void permute_columns(const float* in, const int32_t (&lanes)[N][16], const uint16_t (&masks)[N][N], float* out) {
-  __m512 operands[N];
+  __m512 operands[N + 1];
   for (int j = 0; j < N; ++j) operands[j] = _mm512_loadu_ps(in + j * 16);
+  operands[N] = operands[N - 1];
   for (int i = 0; i < N; ++i) {
     const __m512i index = _mm512_load_si512(lanes[i]);
-    __m512 result = _mm512_permutexvar_ps(index, operands[0]);
-    for (int j = 1; j < N; ++j) result = _mm512_mask_permutexvar_ps(result, masks[i][j], index, operands[j]);
+    __m512 result = _mm512_permutex2var_ps(operands[0], index, operands[1]);
+    for (int j = 2; j < N; j += 2) {
+      const __m512 more = _mm512_permutex2var_ps(operands[j], index, operands[j + 1]);
+      result = _mm512_mask_mov_ps(result, masks[i][j / 2], more);
+    }
     _mm512_storeu_ps(out + i * 16, result);
   }
 }

@@ -54,6 +54,20 @@ struct Vec {
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 
+  struct Wide {
+    float64x2_t low, high;
+    static Wide load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
+    void store(double* p) const {
+      vst1q_f64(p, low);
+      vst1q_f64(p + 2, high);
+    }
+    static Wide from(Vec a) { return {vcvt_f64_f32(vget_low_f32(a.v)), vcvt_high_f64_f32(a.v)}; }
+    friend Wide operator+(Wide a, Wide b) { return {vaddq_f64(a.low, b.low), vaddq_f64(a.high, b.high)}; }
+    static Wide fma(Wide a, Wide b, Wide c) {
+      return {vfmaq_f64(c.low, a.low, b.low), vfmaq_f64(c.high, a.high, b.high)};
+    }
+  };
+
  private:
   static float32x4_t power(int32x4_t k) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23));

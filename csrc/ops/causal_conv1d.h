@@ -47,50 +47,89 @@ inline T* pointer(const TensorView& view, int64_t offset) {
   return static_cast<T*>(view.data) + offset;
 }
 
+// Channels [d, d + n) of a sequence.
+struct Block {
+  Sequence sequence;
+  int64_t d, n;
+};
+
 // `count` times of channels [d, d + n), from time t of entry i on, in an array [.., D, L].
 struct Tile {
   int64_t i, d, n, t, count;
 };
 
+// Times [from, to) of a block in arrays of time.
+inline Tile tile_of(const Block& block, int64_t from, int64_t to) {
+  return {block.sequence.batch, block.d, block.n, block.sequence.begin + from, to - from};
+}
+
+// The same in arrays of states.
+inline Tile state_of(const Block& block, int64_t from, int64_t to) {
+  return {block.sequence.index, block.d, block.n, from, to - from};
+}
+
 inline int64_t start_of(const TensorView& view, const Tile& tile) {
   return offset_of(view, tile.i, tile.d) + tile.t * view.stride[2];
 }
 
-// Whether V::width rows of `count` elements fill the memory they lie in.
+// The elements of a tile that vectors over channels take whole: whole vectors, of the arithmetic's type.
 template <class V>
+inline bool whole(const TensorView& view, const Tile& tile) {
+  return tile.n == V::width && own_type<typename V::scalar>(view);
+}
+
+// Whether the rows over time of a whole tile fill the memory they lie in.
 inline bool adjoining(const TensorView& view, const Tile& tile) {
-  return view.stride[2] == 1 && view.stride[1] == tile.count && tile.n == V::width && tile.count <= max_columns &&
-         own_type<typename V::scalar>(view);
+  return view.stride[2] == 1 && view.stride[1] == tile.count && tile.count <= max_columns;
 }
 
 template <class V>
 inline void read_tile(typename V::scalar* out, const TensorView& view, int64_t lanes, const Tile& tile) {
-  const int64_t offset = start_of(view, tile);
-  if (lanes == 1) return read_row<V>(out, view, offset, view.stride[2], tile.count);
-  if (adjoining<V>(view, tile))
-    return split_columns<V>(pointer<const typename V::scalar>(view, offset), tile.count, out);
-  for (int64_t t = 0; t < tile.count; ++t)
-    read_row<V>(out + t * lanes, view, offset + t * view.stride[2], view.stride[1], tile.n);
+  using T = typename V::scalar;
+  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
+  if (lanes == 1) return read_row<V>(out, view, start, along_time, tile.count);
+  if (!whole<V>(view, tile)) {
+    for (int64_t t = 0; t < tile.count; ++t)
+      read_row<V>(out + t * lanes, view, start + t * along_time, along_channel, tile.n);
+    return;
+  }
+  const T* const in = pointer<const T>(view, start);
+  if (along_channel == 1) {
+    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * along_time).store(out + t * lanes);
+    return;
+  }
+  if (adjoining(view, tile)) return split_columns<V>(in, tile.count, out);
+  T rows[V::width * max_columns];
+  for (int64_t t = 0; t < tile.count; t += max_columns) {
+    const int64_t count = smaller(max_columns, tile.count - t);
+    for (int64_t c = 0; c < V::width; ++c)
+      for (int64_t s = 0; s < count; ++s) rows[c * count + s] = in[c * along_channel + (t + s) * along_time];
+    split_columns<V>(rows, count, out + t * lanes);
+  }
 }
 
 template <class V>
 inline void write_tile(const typename V::scalar* in, const TensorView& view, int64_t lanes, const Tile& tile) {
   using T = typename V::scalar;
-  const int64_t offset = start_of(view, tile);
-  if (lanes == 1) return write_row(in, view, offset, view.stride[2], tile.count);
-  if (adjoining<V>(view, tile)) return join_columns<V>(in, tile.count, pointer<T>(view, offset));
-  if (view.stride[1] == 1) {
-    for (int64_t t = 0; t < tile.count; ++t) write_row(in + t * lanes, view, offset + t * view.stride[2], 1, tile.n);
+  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
+  if (lanes == 1) return write_row(in, view, start, along_time, tile.count);
+  if (!whole<V>(view, tile)) {
+    for (int64_t t = 0; t < tile.count; ++t)
+      write_row(in + t * lanes, view, start + t * along_time, along_channel, tile.n);
     return;
   }
-  constexpr int64_t part = 32;
-  T row[part];
-  for (int64_t c = 0; c < tile.n; ++c) {
-    for (int64_t t = 0; t < tile.count; t += part) {
-      const int64_t count = smaller(part, tile.count - t);
-      for (int64_t s = 0; s < count; ++s) row[s] = in[(t + s) * lanes + c];
-      write_row(row, view, offset + c * view.stride[1] + t * view.stride[2], view.stride[2], count);
-    }
+  T* const out = pointer<T>(view, start);
+  if (along_channel == 1) {
+    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * lanes).store(out + t * along_time);
+    return;
+  }
+  if (adjoining(view, tile)) return join_columns<V>(in, tile.count, out);
+  T rows[V::width * max_columns];
+  for (int64_t t = 0; t < tile.count; t += max_columns) {
+    const int64_t count = smaller(max_columns, tile.count - t);
+    join_columns<V>(in + t * lanes, count, rows);
+    for (int64_t c = 0; c < V::width; ++c)
+      for (int64_t s = 0; s < count; ++s) out[c * along_channel + (t + s) * along_time] = rows[c * count + s];
   }
 }
 
@@ -136,26 +175,19 @@ inline void read_filters(const CausalConv1d& args, const Layout<V>& layout, int6
   }
 }
 
-// Times [from, to) of a sequence, of channels [d, d + n). Before time 0 is the initial state.
+// Times [from, to) of a block's inputs; before time 0 is the initial state.
 template <class V>
-inline void read_inputs(const CausalConv1d& args, const Layout<V>& layout, const Sequence& sequence, int64_t d,
-                        int64_t n, int64_t from, int64_t to, typename V::scalar* out) {
-  const int64_t past = larger(0, smaller(to, 0) - from);
-  if (past > 0 && given(args.initial_state))
-    read_tile<V>(out, args.initial_state, layout.lanes, {sequence.index, d, n, layout.before + from, past});
+inline void read_inputs(const CausalConv1d& args, const Layout<V>& layout, const Block& block, int64_t from, int64_t to,
+                        typename V::scalar* out) {
+  const int64_t start = larger(from, smaller(to, 0));  // of those in x
+  if (from < start && given(args.initial_state))
+    read_tile<V>(out, args.initial_state, layout.lanes, state_of(block, layout.before + from, layout.before + start));
   else
-    fill_zero(out, past * layout.lanes);
-  if (to > 0)
-    read_tile<V>(out + past * layout.lanes, args.x, layout.lanes,
-                 {sequence.batch, d, n, sequence.begin + from + past, to - from - past});
+    fill_zero(out, (start - from) * layout.lanes);
+  if (start < to) read_tile<V>(out + (start - from) * layout.lanes, args.x, layout.lanes, tile_of(block, start, to));
 }
 
-// A line of vectors: from one to the next it is `step` elements, from one time to the next `unit`.
-template <class T>
-struct Line {
-  T* start;
-  int64_t step, unit;
-};
+constexpr int64_t max_fixed_taps = 4;
 
 template <int N>
 struct Taps {
@@ -165,6 +197,8 @@ struct Taps {
 template <class F>
 inline void with_taps(int64_t width, F f) {
   switch (width) {
+    case 1:
+      return f(Taps<1>());
     case 2:
       return f(Taps<2>());
     case 3:
@@ -176,21 +210,37 @@ inline void with_taps(int64_t width, F f) {
   }
 }
 
-// finish(bias + Σ_k filter_k x_{t - W + 1 + k}, v) for each vector v < count; `in` starts W - 1 times earlier.
+// finish(bias + Σ_k filter_k x_{t - W + 1 + k}, v) for each vector v < count; `in` starts W - 1 times earlier, a time
+// being `unit` elements.
 template <class V, int N, class Finish>
-inline void convolve(Taps<N>, const Line<const typename V::scalar>& in, const typename V::scalar* filter,
+inline void convolve(Taps<N>, const typename V::scalar* in, int64_t unit, const typename V::scalar* filter,
                      int64_t filter_step, int64_t width, V bias, int64_t count, Finish finish) {
   V fixed[N > 0 ? N : 1];
   for (int k = 0; k < N; ++k) fixed[k] = V::load(filter + k * filter_step);
   for (int64_t v = 0; v < count; ++v) {
-    const typename V::scalar* const at = in.start + v * in.step;
+    const typename V::scalar* const at = in + v * V::width;
     V sum = bias;
     if constexpr (N > 0)
-      for (int k = 0; k < N; ++k) sum = V::fma(fixed[k], V::load(at + k * in.unit), sum);
+      for (int k = 0; k < N; ++k) sum = V::fma(fixed[k], V::load(at + k * unit), sum);
     else
-      for (int64_t k = 0; k < width; ++k)
-        sum = V::fma(V::load(filter + k * filter_step), V::load(at + k * in.unit), sum);
+      for (int64_t k = 0; k < width; ++k) sum = V::fma(V::load(filter + k * filter_step), V::load(at + k * unit), sum);
     finish(sum, v);
+  }
+}
+
+// The same where a vector is one time: the inputs before `in` are vectors one after the other, and each is read once.
+template <class V, int N, class Finish>
+inline void convolve_times(Taps<N>, const typename V::scalar* past, const typename V::scalar* in, int64_t step,
+                           const typename V::scalar* filter, V bias, int64_t count, Finish finish) {
+  V fixed[N], inputs[N];
+  for (int k = 0; k < N; ++k) fixed[k] = V::load(filter + k * V::width);
+  for (int k = 0; k < N - 1; ++k) inputs[k] = V::load(past + k * V::width);
+  for (int64_t t = 0; t < count; ++t) {
+    inputs[N - 1] = V::load(in + t * step);
+    V sum = bias;
+    for (int k = 0; k < N; ++k) sum = V::fma(fixed[k], inputs[k], sum);
+    for (int k = 0; k < N - 1; ++k) inputs[k] = inputs[k + 1];
+    finish(sum, t);
   }
 }
 
@@ -254,46 +304,71 @@ class Forward {
     for (int64_t t = larger(0, begin - sequence.begin); t < to; t += layout_.tile) {
       const T* filter = scratch.filters;
       for (int64_t d = first; d < first + channels; d += layout_.lanes, filter += (args_.width + 1) * V::width)
-        run_tile(scratch, filter, sequence, d, smaller(layout_.lanes, first + channels - d), t,
+        run_tile(scratch, filter, {sequence, d, smaller(layout_.lanes, first + channels - d)}, t,
                  smaller(to, t + layout_.tile));
     }
   }
 
-  // Times [from, to) of a block: those whose vectors are whole and have all their inputs in x are worked on in place.
-  void run_tile(const Scratch& scratch, const T* filter, const Sequence& sequence, int64_t d, int64_t n, int64_t from,
-                int64_t to) {
-    const int64_t at_once = V::width / layout_.lanes;
-    if (!in_place_ || n < layout_.lanes) return run_copied(scratch, filter, sequence, d, n, from, to);
-    const int64_t head = smaller(to, larger(from, round_up(layout_.before, at_once)));
-    const int64_t tail = head + (to - head) / at_once * at_once;
-    if (from < head) run_copied(scratch, filter, sequence, d, n, from, head);
+  void run_tile(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    if (layout_.lanes > 1 && args_.width <= max_fixed_taps)
+      run_vectors_of_channels(scratch, filter, block, from, to);
+    else if (layout_.lanes == 1 && in_place_)
+      run_row(scratch, filter, block, from, to);
+    else
+      run_copied(scratch, filter, block, from, to);
+  }
+
+  void run_vectors_of_channels(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    const bool in_place = in_place_ && block.n == layout_.lanes;
+    const Tile x = tile_of(block, from, to);
+    T* const copied = scratch.in + layout_.before * layout_.lanes;
+    read_inputs<V>(args_, layout_, block, from - layout_.before, from, scratch.in);
+    if (!in_place) read_tile<V>(copied, args_.x, layout_.lanes, x);
+    const T* const in = in_place ? pointer<const T>(args_.x, start_of(args_.x, x)) : copied;
+    T* const out = in_place ? pointer<T>(args_.out, start_of(args_.out, x)) : scratch.out;
+    const int64_t in_step = in_place ? args_.x.stride[2] : V::width, step = in_place ? args_.out.stride[2] : V::width;
+    with_taps(args_.width, [&](auto taps) {
+      if constexpr (taps.fixed > 0) {
+        const V bias = V::load(filter + taps.fixed * V::width);
+        if (args_.silu)
+          convolve_times<V>(taps, scratch.in, in, in_step, filter, bias, to - from,
+                            [&](V sum, int64_t t) { silu(sum).store(out + t * step); });
+        else
+          convolve_times<V>(taps, scratch.in, in, in_step, filter, bias, to - from,
+                            [&](V sum, int64_t t) { sum.store(out + t * step); });
+      }
+    });
+    if (!in_place) write_tile<V>(scratch.out, args_.out, layout_.lanes, x);
+  }
+
+  // Whole vectors that have all their inputs in x are worked on in place.
+  void run_row(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    const int64_t head = smaller(to, larger(from, round_up(layout_.before, V::width)));
+    const int64_t tail = head + (to - head) / V::width * V::width;
+    if (from < head) run_copied(scratch, filter, block, from, head);
     if (head < tail) {
-      const Tile tile = {sequence.batch, d, n, sequence.begin + head, tail - head};
-      const T* const in = pointer<const T>(args_.x, start_of(args_.x, tile) - layout_.before * args_.x.stride[2]);
-      T* const out = pointer<T>(args_.out, start_of(args_.out, tile));
-      apply(filter, {in, at_once * args_.x.stride[2], args_.x.stride[2]},
-            {out, at_once * args_.out.stride[2], args_.out.stride[2]}, (tail - head) / at_once);
+      const Tile tile = tile_of(block, head, tail);
+      apply(filter, pointer<const T>(args_.x, start_of(args_.x, tile) - layout_.before),
+            pointer<T>(args_.out, start_of(args_.out, tile)), (tail - head) / V::width);
     }
-    if (tail < to) run_copied(scratch, filter, sequence, d, n, tail, to);
+    if (tail < to) run_copied(scratch, filter, block, tail, to);
   }
 
-  void run_copied(const Scratch& scratch, const T* filter, const Sequence& sequence, int64_t d, int64_t n, int64_t from,
-                  int64_t to) {
-    read_inputs<V>(args_, layout_, sequence, d, n, from - layout_.before, to, scratch.in);
-    apply(filter, {scratch.in, V::width, layout_.lanes}, {scratch.out, V::width, layout_.lanes},
-          div_up((to - from) * layout_.lanes, V::width));
-    write_tile<V>(scratch.out, args_.out, layout_.lanes, {sequence.batch, d, n, sequence.begin + from, to - from});
+  void run_copied(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    read_inputs<V>(args_, layout_, block, from - layout_.before, to, scratch.in);
+    apply(filter, scratch.in, scratch.out, div_up((to - from) * layout_.lanes, V::width));
+    write_tile<V>(scratch.out, args_.out, layout_.lanes, tile_of(block, from, to));
   }
 
-  void apply(const T* filter, const Line<const T>& in, const Line<T>& out, int64_t count) const {
+  void apply(const T* filter, const T* in, T* out, int64_t count) const {
     const V bias = V::load(filter + args_.width * V::width);
     with_taps(args_.width, [&](auto taps) {
       if (args_.silu)
-        convolve<V>(taps, in, filter, V::width, args_.width, bias, count,
-                    [&](V sum, int64_t v) { silu(sum).store(out.start + v * out.step); });
+        convolve<V>(taps, in, layout_.lanes, filter, V::width, args_.width, bias, count,
+                    [&](V sum, int64_t v) { silu(sum).store(out + v * V::width); });
       else
-        convolve<V>(taps, in, filter, V::width, args_.width, bias, count,
-                    [&](V sum, int64_t v) { sum.store(out.start + v * out.step); });
+        convolve<V>(taps, in, layout_.lanes, filter, V::width, args_.width, bias, count,
+                    [&](V sum, int64_t v) { sum.store(out + v * V::width); });
     });
   }
 
@@ -305,10 +380,9 @@ class Forward {
                for (int64_t s = task * each; s < smaller(args_.batch, (task + 1) * each); ++s) {
                  const Sequence sequence = sequence_of(args_, s);
                  for (int64_t d = 0; d < args_.dim; d += layout_.lanes) {
-                   const int64_t n = smaller(layout_.lanes, args_.dim - d);
-                   read_inputs<V>(args_, layout_, sequence, d, n, sequence.length - layout_.before, sequence.length,
-                                  rows.get());
-                   write_tile<V>(rows.get(), args_.final_state, layout_.lanes, {s, d, n, 0, layout_.before});
+                   const Block block = {sequence, d, smaller(layout_.lanes, args_.dim - d)};
+                   read_inputs<V>(args_, layout_, block, sequence.length - layout_.before, sequence.length, rows.get());
+                   write_tile<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
                  }
                }
              });
@@ -352,8 +426,8 @@ class Backward {
     for (int64_t s = 0; s < in_.batch; ++s) {
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t d = first + b * layout_.lanes;
-        run_block(scratch, memory + b * row, sums + b * row, sequence_of(in_, s), d,
-                  smaller(layout_.lanes, first + channels - d));
+        run_block(scratch, memory + b * row, sums + b * row,
+                  {sequence_of(in_, s), d, smaller(layout_.lanes, first + channels - d)});
       }
     }
     for (int64_t c = 0; c < channels; ++c) write_sums(sums + c / layout_.lanes * row, first + c, c % layout_.lanes);
@@ -361,77 +435,82 @@ class Backward {
 
   // Row i of a block is x_{i - W + 1}; its gradient is Σ_k filter_k g_{i - k}, g being the gradient before the
   // activation, and the last W - 1 rows are the final state.
-  void run_block(const Scratch& scratch, const T* filter, double* sums, const Sequence& sequence, int64_t d,
-                 int64_t n) {
-    const int64_t lanes = layout_.lanes, before = layout_.before, rows = sequence.length + before;
+  void run_block(const Scratch& scratch, const T* filter, double* sums, const Block& block) {
+    const int64_t lanes = layout_.lanes, before = layout_.before, length = block.sequence.length;
+    const int64_t rows = length + before;
     fill_zero(scratch.g, before * lanes);
     for (int64_t i = 0; i < rows; i += layout_.tile) {
-      const int64_t end = smaller(rows, i + layout_.tile), live = larger(0, smaller(end, sequence.length) - i);
+      const int64_t end = smaller(rows, i + layout_.tile), live = larger(0, smaller(end, length) - i);
       T* const g = scratch.g + before * lanes;
-      if (live > 0) read_gradient(scratch, filter, sequence, d, n, i, live);
+      if (live > 0) read_gradient(scratch, filter, block, i, live);
       fill_zero(g + live * lanes, (end - i - live) * lanes + V::width);
-      if (live > 0) add_sums(scratch.x, g, live, sums);
       with_taps(in_.width, [&](auto taps) {
-        convolve<V>(taps, {scratch.g, V::width, lanes}, filter + before * V::width, -V::width, in_.width, V::zero(),
+        if (live > 0) add_sums(taps, scratch.x, g, live, sums);
+        convolve<V>(taps, scratch.g, lanes, filter + before * V::width, -V::width, in_.width, V::zero(),
                     div_up((end - i) * lanes, V::width),
                     [&](V sum, int64_t v) { sum.store(scratch.drow + v * V::width); });
       });
-      write_rows(scratch, sequence, d, n, i, end);
+      write_rows(scratch, block, i, end);
       if (end < rows) copy(scratch.g, scratch.g + (end - i) * lanes, before * lanes);
     }
   }
 
   // Times [t, t + count) of x, after the W - 1 before, and of g.
-  void read_gradient(const Scratch& scratch, const T* filter, const Sequence& sequence, int64_t d, int64_t n, int64_t t,
-                     int64_t count) {
+  void read_gradient(const Scratch& scratch, const T* filter, const Block& block, int64_t t, int64_t count) {
     const int64_t lanes = layout_.lanes, before = layout_.before;
     T* const g = scratch.g + before * lanes;
-    read_inputs<V>(in_, layout_, sequence, d, n, t - before, t + count, scratch.x);
+    read_inputs<V>(in_, layout_, block, t - before, t + count, scratch.x);
     fill_zero(scratch.x + (before + count) * lanes, V::width);
-    read_tile<V>(g, args_.grad_out, lanes, {sequence.batch, d, n, sequence.begin + t, count});
+    read_tile<V>(g, args_.grad_out, lanes, tile_of(block, t, t + count));
     if (!in_.silu) return;
     const V bias = V::load(filter + in_.width * V::width);
     with_taps(in_.width, [&](auto taps) {
-      convolve<V>(taps, {scratch.x, V::width, lanes}, filter, V::width, in_.width, bias,
-                  div_up(count * lanes, V::width),
+      convolve<V>(taps, scratch.x, lanes, filter, V::width, in_.width, bias, div_up(count * lanes, V::width),
                   [&](V sum, int64_t v) { (V::load(g + v * V::width) * silu_slope(sum)).store(g + v * V::width); });
     });
   }
 
   // sums[k] += Σ g_t x_{t - W + 1 + k}, and Σ g_t for the bias, each lane for itself.
-  void add_sums(const T* x, const T* g, int64_t count, double* sums) const {
+  template <int N>
+  void add_sums(Taps<N>, const T* x, const T* g, int64_t count, double* sums) const {
     const int64_t elements = round_up(count * layout_.lanes, V::width);
-    for (int64_t k = 0; k <= in_.width; ++k) {
-      double sum[V::width];
-      for (int c = 0; c < V::width; ++c) sum[c] = sums[k * V::width + c];
-      if (k < in_.width) {
-        const T* const shifted = x + k * layout_.lanes;
-        for (int64_t i = 0; i < elements; i += V::width)
-          for (int c = 0; c < V::width; ++c)
-            sum[c] += static_cast<double>(g[i + c]) * static_cast<double>(shifted[i + c]);
-      } else {
-        for (int64_t i = 0; i < elements; i += V::width)
-          for (int c = 0; c < V::width; ++c) sum[c] += static_cast<double>(g[i + c]);
+    if constexpr (N > 0) {
+      typename V::Wide sum[N + 1];
+      for (int k = 0; k <= N; ++k) sum[k] = V::Wide::load(sums + k * V::width);
+      for (int64_t i = 0; i < elements; i += V::width) {
+        const auto grad = V::Wide::from(V::load(g + i));
+        for (int k = 0; k < N; ++k)
+          sum[k] = V::Wide::fma(grad, V::Wide::from(V::load(x + i + k * layout_.lanes)), sum[k]);
+        sum[N] = sum[N] + grad;
       }
-      for (int c = 0; c < V::width; ++c) sums[k * V::width + c] = sum[c];
+      for (int k = 0; k <= N; ++k) sum[k].store(sums + k * V::width);
+    } else {
+      for (int64_t k = 0; k <= in_.width; ++k) {
+        auto sum = V::Wide::load(sums + k * V::width);
+        for (int64_t i = 0; i < elements; i += V::width) {
+          const auto grad = V::Wide::from(V::load(g + i));
+          sum = k < in_.width ? V::Wide::fma(grad, V::Wide::from(V::load(x + i + k * layout_.lanes)), sum) : sum + grad;
+        }
+        sum.store(sums + k * V::width);
+      }
     }
   }
 
   // Gradients of rows [begin, end), which scratch.drow holds but for what comes through the final state.
-  void write_rows(const Scratch& scratch, const Sequence& sequence, int64_t d, int64_t n, int64_t begin, int64_t end) {
-    const int64_t lanes = layout_.lanes, before = layout_.before;
-    if (end > sequence.length && given(args_.grad_final_state)) {
-      const int64_t from = larger(begin, sequence.length), count = end - from;
-      read_tile<V>(scratch.x, args_.grad_final_state, lanes, {sequence.index, d, n, from - sequence.length, count});
+  void write_rows(const Scratch& scratch, const Block& block, int64_t begin, int64_t end) {
+    const int64_t lanes = layout_.lanes, before = layout_.before, length = block.sequence.length;
+    if (end > length && given(args_.grad_final_state)) {
+      const int64_t from = larger(begin, length);
+      read_tile<V>(scratch.x, args_.grad_final_state, lanes, state_of(block, from - length, end - length));
       T* const to = scratch.drow + (from - begin) * lanes;
-      for (int64_t j = 0; j < count * lanes; ++j) to[j] += scratch.x[j];
+      for (int64_t j = 0; j < (end - from) * lanes; ++j) to[j] += scratch.x[j];
     }
     const int64_t split = larger(begin, smaller(end, before));
     if (begin < split && given(args_.dinitial_state))
-      write_tile<V>(scratch.drow, args_.dinitial_state, lanes, {sequence.index, d, n, begin, split - begin});
+      write_tile<V>(scratch.drow, args_.dinitial_state, lanes, state_of(block, begin, split));
     if (split < end && given(args_.dx))
       write_tile<V>(scratch.drow + (split - begin) * lanes, args_.dx, lanes,
-                    {sequence.batch, d, n, sequence.begin + split - before, end - split});
+                    tile_of(block, split - before, end - before));
   }
 
   void write_sums(const double* sums, int64_t d, int64_t lane) const {
