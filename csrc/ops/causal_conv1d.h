@@ -259,13 +259,14 @@ class Forward {
       times_ = smaller(args.length, 8192), channels_ = smaller(args.dim, div_up(task_elements, times_));
       group_ = div_up(task_elements, channels_ * times_);
     }
+    keep_states_ = given(args.final_state) && layout_.before > 0;
     in_place_ =
         own_type<T>(args.x) && own_type<T>(args.out) && args.x.stride[axis_] == 1 && args.out.stride[axis_] == 1;
   }
 
   void run() {
     if (args_.dim == 0) return;
-    if (given(args_.final_state) && layout_.before > 0) keep_final_states();
+    keep_states_of_empty_sequences();
     if (entries_ == 0 || args_.length == 0) return;
     const int64_t parts = div_up(args_.dim, channels_), spans = div_up(args_.length, times_);
     parallel(div_up(entries_, group_) * spans * parts, share_,
@@ -316,6 +317,15 @@ class Forward {
       run_row(scratch, filter, block, from, to);
     else
       run_copied(scratch, filter, block, from, to);
+    if (to == block.sequence.length && keep_states_) keep_final_state(scratch, block, from, to);
+  }
+
+  // The last W - 1 inputs; scratch.in may hold them, after a tile that was not worked on in place.
+  void keep_final_state(const Scratch& scratch, const Block& block, int64_t from, int64_t to) {
+    const bool copied = !in_place_ || block.n < layout_.lanes;
+    T* const rows = copied ? scratch.in + (to - from) * layout_.lanes : scratch.in;
+    if (!copied) read_inputs<V>(args_, layout_, block, to - layout_.before, to, rows);
+    write_tile<V>(rows, args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
   }
 
   void run_vectors_of_channels(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
@@ -372,20 +382,18 @@ class Forward {
     });
   }
 
-  void keep_final_states() {
-    const int64_t each = larger(1, task_elements / (args_.dim * layout_.before));  // sequences in a task
-    parallel(div_up(args_.batch, each), args_.batch * args_.dim * layout_.before > work_worth_sharing,
-             [&](int64_t task) {
-               Buffer<T> rows(layout_.scratch(layout_.before));
-               for (int64_t s = task * each; s < smaller(args_.batch, (task + 1) * each); ++s) {
-                 const Sequence sequence = sequence_of(args_, s);
-                 for (int64_t d = 0; d < args_.dim; d += layout_.lanes) {
-                   const Block block = {sequence, d, smaller(layout_.lanes, args_.dim - d)};
-                   read_inputs<V>(args_, layout_, block, sequence.length - layout_.before, sequence.length, rows.get());
-                   write_tile<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
-                 }
-               }
-             });
+  // They have no tile.
+  void keep_states_of_empty_sequences() {
+    if (!keep_states_) return;
+    Buffer<T> rows(layout_.scratch(layout_.before));
+    for (int64_t s = 0; s < args_.batch; ++s) {
+      const Sequence sequence = sequence_of(args_, s);
+      for (int64_t d = 0; sequence.length == 0 && d < args_.dim; d += layout_.lanes) {
+        const Block block = {sequence, d, smaller(layout_.lanes, args_.dim - d)};
+        read_inputs<V>(args_, layout_, block, -layout_.before, 0, rows.get());
+        write_tile<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
+      }
+    }
   }
 
   const CausalConv1d& args_;
@@ -393,7 +401,7 @@ class Forward {
   int64_t entries_;                   // of arrays of time
   int axis_;                          // of x that vectors run over
   int64_t channels_, times_, group_;  // of a task: channels, times and entries
-  bool share_, in_place_;
+  bool share_, in_place_, keep_states_;
 };
 
 template <class V>

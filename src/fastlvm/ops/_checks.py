@@ -9,6 +9,7 @@ import numpy as np
 from fastlvm.ops import _arrays
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
+_SINGLE, _HALF, _DOUBLE = (np.dtype(name) for name in ("float32", "float16", "float64"))
 _WANTS = {"numpy": "numpy arrays", "torch": "torch tensors"}
 
 
@@ -20,14 +21,25 @@ def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> N
         ValueError: another device than the first.
     """
     lead = next(iter(named))
+    first = named[lead]
     for name, x in named.items():
-        if x is None and name in optional:
+        if (x is None and name in optional) or _plain(x, first):
             continue
-        _check_kind(op, name, x, lead, named[lead])
-        _check_dtype(op, name, x, lead, named[lead])
-        here, there = _arrays.device(x), _arrays.device(named[lead])
+        _check_kind(op, name, x, lead, first)
+        _check_dtype(op, name, x, lead, first)
+        here, there = _arrays.device(x), _arrays.device(first)
         if here != there:
             raise ValueError(f"{op}: {name} is on {here} but {lead} is on {there}; move them to one device")
+
+
+def _plain(x: Any, first: Any) -> bool:
+    """Whether both are numpy arrays of native floats that go together. The checks below cost microseconds each."""
+    if type(x) is not np.ndarray or type(first) is not np.ndarray:
+        return False
+    dtype, wanted = x.dtype, first.dtype  # one object per native dtype, but for the odd copy
+    if dtype is _SINGLE or dtype is _HALF:
+        return wanted is _SINGLE or wanted is _HALF
+    return dtype is _DOUBLE and wanted is _DOUBLE
 
 
 def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:
@@ -52,12 +64,11 @@ def _check_dtype(op: str, name: str, x: Any, lead: str, first: Any) -> None:
 
 def check_shape(op: str, name: str, x: Any, letters: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `x` (None is skipped) has exactly `shape`; `letters` name the axes, as "(B, D, L)"."""
-    if x is None:
+    if x is None or x.shape == shape:
         return
     if x.ndim != len(shape):
         raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {len(shape)}: {letters}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {_show(x)}; wants {letters} = {tuple(int(n) for n in shape)}")
+    raise ValueError(f"{op}: {name} has shape {_show(x)}; wants {letters} = {tuple(int(n) for n in shape)}")
 
 
 def check_rank(op: str, name: str, x: Any, letters: str, *ranks: int) -> None:
