@@ -1,5 +1,6 @@
 #include "arrays.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -31,7 +32,7 @@ const char* name_of(DType dtype) {
 }
 
 // "BDL" as "(B, D, L)"; with sizes, "(B, D, L) = (2, 3, 4)".
-std::string axes_text(const std::string& axes, const Sizes* sizes = nullptr) {
+std::string axes_text(std::string_view axes, const Sizes* sizes = nullptr) {
   std::string names, values;
   for (const char axis : axes) {
     const std::string separator = names.empty() ? "" : ", ";
@@ -43,7 +44,7 @@ std::string axes_text(const std::string& axes, const Sizes* sizes = nullptr) {
   return sizes ? names + " = (" + values + comma + ")" : names;
 }
 
-bool fits(const Array& array, const std::string& axes, const Sizes& sizes) {
+bool fits(const Array& array, std::string_view axes, const Sizes& sizes) {
   if (array.view().rank != static_cast<int>(axes.size())) return false;
   for (size_t i = 0; i < axes.size(); ++i)
     if (array.shape(static_cast<int>(i)) != sizes.at(axes[i])) return false;
@@ -97,11 +98,12 @@ void Array::set_rank(int64_t rank) {
 }
 
 void Array::from_buffer() {
-  const std::string format = buffer_.format ? buffer_.format : "B";
-  const std::string kind = format.substr(format.find_first_not_of("@="));
+  const std::string_view format = buffer_.format ? buffer_.format : "B";
+  const std::string_view kind = format.substr(std::min(format.find_first_not_of("@="), format.size()));
   const DType dtype = kind == "f" ? DType::f32 : kind == "d" ? DType::f64 : kind == "e" ? DType::f16 : DType::none;
   if (dtype == DType::none)
-    fail("got elements of format '" + format + "', wants float32, float16, bfloat16 or float64 in native byte order");
+    fail("got elements of format '" + std::string(format) +
+         "', wants float32, float16, bfloat16 or float64 in native byte order");
   set_rank(buffer_.ndim);
   const int64_t size = buffer_.itemsize;
   for (int i = 0; i < view_.rank; ++i) {
@@ -150,11 +152,11 @@ std::string Array::shape_text() const {
   return "shape (" + text + (view_.rank == 1 ? ",)" : ")");
 }
 
-void check_shape(const Array& array, const std::string& axes, const Sizes& sizes) {
+void check_shape(const Array& array, std::string_view axes, const Sizes& sizes) {
   if (array && !fits(array, axes, sizes)) reject(array, array.shape_text(), axes_text(axes, &sizes));
 }
 
-void check_rank(const Array& array, const std::string& axes) {
+void check_rank(const Array& array, std::string_view axes) {
   if (array.view().rank != static_cast<int>(axes.size())) reject(array, array.shape_text(), axes_text(axes));
 }
 

@@ -7,10 +7,12 @@ namespace {
 // The inputs that forward and backward share.
 struct ScanInputs {
   Array u, delta, A, B, C, D, z, delta_bias, initial_state;
+  py::handle cu_seqlens;
+  std::vector<int64_t> offsets;
   bool delta_softplus;
 
   ScanInputs(py::handle u, py::handle delta, py::handle A, py::handle B, py::handle C, py::handle D, py::handle z,
-             py::handle delta_bias, bool delta_softplus, py::handle initial_state)
+             py::handle delta_bias, bool delta_softplus, py::handle initial_state, py::handle cu_seqlens)
       : u("u", u, Access::read),
         delta("delta", delta, Access::read),
         A("A", A, Access::read),
@@ -20,15 +22,17 @@ struct ScanInputs {
         z("z", z, Access::read, optional),
         delta_bias("delta_bias", delta_bias, Access::read, optional),
         initial_state("initial_state", initial_state, Access::read, optional),
+        cu_seqlens(cu_seqlens),
         delta_softplus(delta_softplus) {}
 
   bool float64() const { return u.view().dtype == DType::f64; }
 
-  Sizes check() const {
+  Sizes check() {
     check_rank(u, "BDL");
     check_rank(A, "DN");
-    const Sizes sizes = {{'B', u.shape(0)}, {'D', u.shape(1)}, {'L', u.shape(2)}, {'N', A.shape(1)}};
-    check_inputs({{delta, "BDL"}, {A, "DN"}, {D, "D"}, {z, "BDL"}, {delta_bias, "D"}, {initial_state, "BDN"}}, sizes,
+    Sizes sizes = {{'B', u.shape(0)}, {'D', u.shape(1)}, {'L', u.shape(2)}, {'N', A.shape(1)}};
+    offsets = read_sequences(cu_seqlens, u, sizes);
+    check_inputs({{delta, "BDL"}, {A, "DN"}, {D, "D"}, {z, "BDL"}, {delta_bias, "D"}, {initial_state, "SDN"}}, sizes,
                  float64());
     for (const Array* projection : {&B, &C}) {
       check_projection(*projection, sizes);
@@ -39,7 +43,8 @@ struct ScanInputs {
 
   SsmScan args(const Sizes& sizes) const {
     SsmScan args{};
-    args.batch = sizes.at('B'), args.dim = sizes.at('D'), args.length = sizes.at('L'), args.state = sizes.at('N');
+    args.batch = sizes.at('S'), args.dim = sizes.at('D'), args.length = sizes.at('L'), args.state = sizes.at('N');
+    args.offsets = offsets.empty() ? nullptr : offsets.data();
     args.float64 = float64(), args.delta_softplus = delta_softplus;
     args.u = u.view(), args.delta = delta.view(), args.z = z.view(), args.A = A.view();
     args.B = projection_view(B), args.C = projection_view(C);
@@ -48,15 +53,22 @@ struct ScanInputs {
   }
 };
 
+// [B, D, L], or the last tokens alone where the sequences are not packed.
+void check_outputs_wanted(const Array& out, const Sizes& sizes, bool packed) {
+  Sizes wanted = sizes;
+  if (!packed && out.view().rank == 3 && out.shape(2) < sizes.at('L')) wanted['L'] = out.shape(2);
+  check_shape(out, "BDL", wanted);
+}
+
 void ssm_scan(py::handle u, py::handle delta, py::handle A, py::handle B, py::handle C, py::handle D, py::handle z,
               py::handle delta_bias, bool delta_softplus, py::handle initial_state, py::handle out,
-              py::handle final_state) {
-  const ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state);
+              py::handle final_state, py::handle cu_seqlens) {
+  ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   const Array result("out", out, Access::write), last("final_state", final_state, Access::write, optional);
   const Sizes sizes = in.check();
-  check_shape(result, "BDL", sizes);
+  check_outputs_wanted(result, sizes, !in.offsets.empty());
   check_output(result, in.u.view().dtype);
-  check_gradients({{last, "BDN"}}, sizes, in.float64());
+  check_gradients({{last, "SDN"}}, sizes, in.float64());
   SsmScan args = in.args(sizes);
   args.out = result.view(), args.final_state = last.view();
   call_without_gil(active_kernels().ssm_scan, args);
@@ -65,8 +77,9 @@ void ssm_scan(py::handle u, py::handle delta, py::handle A, py::handle B, py::ha
 void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u, py::handle delta, py::handle A,
                   py::handle B, py::handle C, py::handle D, py::handle z, py::handle delta_bias, bool delta_softplus,
                   py::handle initial_state, py::handle du, py::handle ddelta, py::handle dA, py::handle dB,
-                  py::handle dC, py::handle dD, py::handle dz, py::handle ddelta_bias, py::handle dinitial_state) {
-  const ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state);
+                  py::handle dC, py::handle dD, py::handle dz, py::handle ddelta_bias, py::handle dinitial_state,
+                  py::handle cu_seqlens) {
+  ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   const Array grad("grad_out", grad_out, Access::read, optional);
   const Array grad_last("grad_final_state", grad_final_state, Access::read, optional);
   const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::write, optional); };
@@ -75,13 +88,13 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
   const Array to_bias = output("ddelta_bias", ddelta_bias), to_initial = output("dinitial_state", dinitial_state);
 
   Sizes sizes = in.check();
-  check_inputs({{grad, "BDL"}, {grad_last, "BDN"}}, sizes, in.float64());
+  check_inputs({{grad, "BDL"}, {grad_last, "SDN"}}, sizes, in.float64());
   check_wanted(to_D, in.D);
   check_wanted(to_z, in.z);
   check_wanted(to_bias, in.delta_bias);
   check_wanted(to_initial, in.initial_state);
   check_gradients(
-      {{to_u, "BDL"}, {to_delta, "BDL"}, {to_A, "DN"}, {to_D, "D"}, {to_z, "BDL"}, {to_bias, "D"}, {to_initial, "BDN"}},
+      {{to_u, "BDL"}, {to_delta, "BDL"}, {to_A, "DN"}, {to_D, "D"}, {to_z, "BDL"}, {to_bias, "D"}, {to_initial, "SDN"}},
       sizes, in.float64());
   const auto projection_axes = [&](const Array& projection) {
     if (projection.view().rank == 4) sizes['G'] = projection.shape(1);
@@ -104,11 +117,12 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
 void bind_ssm_scan(py::module_& m) {
   m.def("ssm_scan", &ssm_scan, py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
         py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("out"),
-        py::arg("final_state"));
+        py::arg("final_state"), py::arg("cu_seqlens") = py::none());
   m.def("ssm_scan_bwd", &ssm_scan_bwd, py::arg("grad_out"), py::arg("grad_final_state"), py::arg("u"), py::arg("delta"),
         py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"), py::arg("z"), py::arg("delta_bias"),
         py::arg("delta_softplus"), py::arg("initial_state"), py::arg("du"), py::arg("ddelta"), py::arg("dA"),
-        py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"), py::arg("ddelta_bias"), py::arg("dinitial_state"));
+        py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"), py::arg("ddelta_bias"), py::arg("dinitial_state"),
+        py::arg("cu_seqlens") = py::none());
 }
 
 }  // namespace fastlvm

@@ -127,6 +127,16 @@ struct Scalar {
     return {power(k.v == k.v ? static_cast<int32_t>(k.v) : 0)};
   }
 
+  // `width` float64 sums.
+  struct Wide {
+    double v;
+    static Wide load(const double* p) { return {*p}; }
+    void store(double* p) const { *p = v; }
+    static Wide from(Scalar a) { return {static_cast<double>(a.v)}; }
+    friend Wide operator+(Wide a, Wide b) { return {a.v + b.v}; }
+    static Wide fma(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
+  };
+
  private:
   static T power(int32_t k) {
     const int32_t bits = (k + 127) << 23;

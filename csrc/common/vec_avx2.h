@@ -104,6 +104,22 @@ struct Vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
 
+  struct Wide {
+    __m256d low, high;
+    static Wide load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+    void store(double* p) const {
+      _mm256_storeu_pd(p, low);
+      _mm256_storeu_pd(p + 4, high);
+    }
+    static Wide from(Vec a) {
+      return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))};
+    }
+    friend Wide operator+(Wide a, Wide b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
+    static Wide fma(Wide a, Wide b, Wide c) {
+      return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
+    }
+  };
+
  private:
   static __m128i load_first16(const uint16_t* p, int n) {
     if (n >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -107,6 +107,22 @@ struct Vec {
     return {_mm512_scalef_ps(table, _mm512_sub_ps(t.v, f.v))};  // times 2 to the integer below t - f
   }
 
+  struct Wide {
+    __m512d low, high;
+    static Wide load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+    void store(double* p) const {
+      _mm512_storeu_pd(p, low);
+      _mm512_storeu_pd(p + 8, high);
+    }
+    static Wide from(Vec a) {
+      return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+    }
+    friend Wide operator+(Wide a, Wide b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+    static Wide fma(Wide a, Wide b, Wide c) {
+      return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
+    }
+  };
+
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

@@ -86,6 +86,20 @@ struct Vec {
   static constexpr bool converts_f16 = true;
   static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 
+  struct Wide {
+    float64x2_t low, high;
+    static Wide load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
+    void store(double* p) const {
+      vst1q_f64(p, low);
+      vst1q_f64(p + 2, high);
+    }
+    static Wide from(Vec a) { return {vcvt_f64_f32(vget_low_f32(a.v)), vcvt_high_f64_f32(a.v)}; }
+    friend Wide operator+(Wide a, Wide b) { return {vaddq_f64(a.low, b.low), vaddq_f64(a.high, b.high)}; }
+    static Wide fma(Wide a, Wide b, Wide c) {
+      return {vfmaq_f64(c.low, a.low, b.low), vfmaq_f64(c.high, a.high, b.high)};
+    }
+  };
+
  private:
   static uint16x4_t load_first16(const uint16_t* p, int n) {
     if (n >= 4) return vld1_u16(p);

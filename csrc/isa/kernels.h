@@ -20,11 +20,11 @@ inline void ssm_scan_bwd(const SsmScanBwd& args) {
 }
 
 inline void causal_conv1d(const CausalConv1d& args) {
-  args.float64 ? conv::forward<Double>(args) : conv::forward<Vec>(args);
+  args.float64 ? conv::Forward<Double>(args).run() : conv::Forward<Vec>(args).run();
 }
 
 inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
-  args.forward.float64 ? conv::backward<Double>(args) : conv::backward<Vec>(args);
+  args.forward.float64 ? conv::Backward<Double>(args).run() : conv::Backward<Vec>(args).run();
 }
 
 inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,       ssm_scan_bwd, causal_conv1d,

@@ -1,9 +1,13 @@
 // Depthwise causal convolution over time with an optional SiLU, forward and backward.
 //
-// A task is a channel (forward: of one batch entry). Its inputs are laid out as one row, the W - 1 inputs before x
-// first, and vectors run over time. Sums over batch and time are taken in one fixed order per channel, in double.
+// A block of channels is worked on in tiles of time. Scratch memory holds element (t, c) of a tile at t * lanes + c,
+// after the W - 1 inputs before it. With lanes = V::width vectors run over channels, as suits short sequences and
+// channel-last memory, and with lanes = 1 over time; the arithmetic of an element is the same. What lies in memory as
+// the vectors want it is not copied. Sums over batch and time are taken in double, in an order that follows from the
+// shapes.
 #pragma once
 
+#include "common/columns.h"
 #include "common/rows.h"
 #include "common/vmath.h"
 #include "ops/kernels.h"
@@ -11,124 +15,528 @@
 namespace fastlvm::FASTLVM_ISA::conv {
 
 constexpr int64_t work_worth_sharing = 1 << 16;  // elements B·D·L
+constexpr int64_t task_elements = 1 << 15;
+
+// A batch entry, or with offsets a stretch of the only one.
+struct Sequence {
+  int64_t index, batch, begin, length;
+};
+
+inline Sequence sequence_of(const CausalConv1d& args, int64_t s) {
+  if (!args.offsets) return {s, s, 0, args.length};
+  return {s, 0, args.offsets[s], args.offsets[s + 1] - args.offsets[s]};
+}
+
+// The first sequence that ends after time t.
+inline int64_t sequence_at(const CausalConv1d& args, int64_t t) {
+  int64_t low = 0, high = args.batch;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    args.offsets[middle + 1] > t ? high = middle : low = middle + 1;
+  }
+  return low;
+}
+
+template <class T>
+inline bool own_type(const TensorView& view) {
+  return view.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+}
+
+template <class T>
+inline T* pointer(const TensorView& view, int64_t offset) {
+  return static_cast<T*>(view.data) + offset;
+}
+
+// Channels [d, d + n) of a sequence.
+struct Block {
+  Sequence sequence;
+  int64_t d, n;
+};
+
+// `count` times of channels [d, d + n), from time t of entry i on, in an array [.., D, L].
+struct Tile {
+  int64_t i, d, n, t, count;
+};
+
+// Times [from, to) of a block in arrays of time.
+inline Tile tile_of(const Block& block, int64_t from, int64_t to) {
+  return {block.sequence.batch, block.d, block.n, block.sequence.begin + from, to - from};
+}
+
+// The same in arrays of states.
+inline Tile state_of(const Block& block, int64_t from, int64_t to) {
+  return {block.sequence.index, block.d, block.n, from, to - from};
+}
+
+inline int64_t start_of(const TensorView& view, const Tile& tile) {
+  return offset_of(view, tile.i, tile.d) + tile.t * view.stride[2];
+}
+
+// The elements of a tile that vectors over channels take whole: whole vectors, of the arithmetic's type.
+template <class V>
+inline bool whole(const TensorView& view, const Tile& tile) {
+  return tile.n == V::width && own_type<typename V::scalar>(view);
+}
+
+// Whether the rows over time of a whole tile fill the memory they lie in.
+inline bool adjoining(const TensorView& view, const Tile& tile) {
+  return view.stride[2] == 1 && view.stride[1] == tile.count && tile.count <= max_columns;
+}
 
 template <class V>
-class Channel {
- public:
+inline void read_tile(typename V::scalar* out, const TensorView& view, int64_t lanes, const Tile& tile) {
   using T = typename V::scalar;
+  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
+  if (lanes == 1) return read_row<V>(out, view, start, along_time, tile.count);
+  if (!whole<V>(view, tile)) {
+    for (int64_t t = 0; t < tile.count; ++t)
+      read_row<V>(out + t * lanes, view, start + t * along_time, along_channel, tile.n);
+    return;
+  }
+  const T* const in = pointer<const T>(view, start);
+  if (along_channel == 1) {
+    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * along_time).store(out + t * lanes);
+    return;
+  }
+  if (adjoining(view, tile)) return split_columns<V>(in, tile.count, out);
+  T rows[V::width * max_columns];
+  for (int64_t t = 0; t < tile.count; t += max_columns) {
+    const int64_t count = smaller(max_columns, tile.count - t);
+    for (int64_t c = 0; c < V::width; ++c)
+      for (int64_t s = 0; s < count; ++s) rows[c * count + s] = in[c * along_channel + (t + s) * along_time];
+    split_columns<V>(rows, count, out + t * lanes);
+  }
+}
 
-  explicit Channel(const CausalConv1d& args)
-      : args_(args), before_(args.width - 1), row_(before_ + args.length), weight_(args.width) {}
+template <class V>
+inline void write_tile(const typename V::scalar* in, const TensorView& view, int64_t lanes, const Tile& tile) {
+  using T = typename V::scalar;
+  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
+  if (lanes == 1) return write_row(in, view, start, along_time, tile.count);
+  if (!whole<V>(view, tile)) {
+    for (int64_t t = 0; t < tile.count; ++t)
+      write_row(in + t * lanes, view, start + t * along_time, along_channel, tile.n);
+    return;
+  }
+  T* const out = pointer<T>(view, start);
+  if (along_channel == 1) {
+    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * lanes).store(out + t * along_time);
+    return;
+  }
+  if (adjoining(view, tile)) return join_columns<V>(in, tile.count, out);
+  T rows[V::width * max_columns];
+  for (int64_t t = 0; t < tile.count; t += max_columns) {
+    const int64_t count = smaller(max_columns, tile.count - t);
+    join_columns<V>(in + t * lanes, count, rows);
+    for (int64_t c = 0; c < V::width; ++c)
+      for (int64_t s = 0; s < count; ++s) out[c * along_channel + (t + s) * along_time] = rows[c * count + s];
+  }
+}
 
-  void read(int64_t b, int64_t d) {
-    if (given(args_.initial_state))
-      read_row<V>(row_.get(), args_.initial_state, offset_of(args_.initial_state, b, d), args_.initial_state.stride[2],
-                  before_);
+// How vectors lie over the arrays of a call.
+template <class V>
+struct Layout {
+  int64_t lanes;   // channels in a block
+  int64_t tile;    // times in a tile
+  int64_t before;  // W - 1
+
+  explicit Layout(const CausalConv1d& args) : before(args.width - 1) {
+    const int64_t length = args.offsets ? div_up(args.length, larger(1, args.batch)) : args.length;
+    const int64_t over_time = args.dim * div_up(length, V::width) * (args.x.stride[2] == 1 ? 2 : 4);
+    const int64_t over_channels = length * div_up(args.dim, V::width) * (args.x.stride[1] == 1 ? 2 : 3);
+    lanes = over_channels < over_time ? V::width : 1;
+    tile = larger(over_channels < over_time ? 32 : 512, before);
+  }
+
+  // Elements of `times` times of a block; vectors may run past the last.
+  int64_t scratch(int64_t times) const { return times * lanes + V::width; }
+};
+
+// Filters of channels [first, first + count) as vectors, a block's W taps and its bias one after the other.
+template <class V>
+inline void read_filters(const CausalConv1d& args, const Layout<V>& layout, int64_t first, int64_t count,
+                         typename V::scalar* out) {
+  using T = typename V::scalar;
+  TensorView weight = args.weight;  // as [1, D, W]
+  weight.stride[2] = weight.stride[1], weight.stride[1] = weight.stride[0], weight.stride[0] = 0;
+  for (int64_t d = first; d < first + count; d += layout.lanes, out += (args.width + 1) * V::width) {
+    T* const bias = out + args.width * V::width;
+    if (layout.lanes == 1) {
+      for (int64_t k = 0; k < args.width; ++k)
+        V::set1(element<T>(weight, d * weight.stride[1] + k * weight.stride[2])).store(out + k * V::width);
+      V::set1(optional_element<T>(args.bias, d)).store(bias);
+      continue;
+    }
+    const int64_t n = smaller(layout.lanes, first + count - d);
+    if (n < layout.lanes) fill_zero(out, args.width * V::width);
+    read_tile<V>(out, weight, layout.lanes, {0, d, n, 0, args.width});
+    V::zero().store(bias);
+    if (given(args.bias)) read_row<V>(bias, args.bias, d * args.bias.stride[0], args.bias.stride[0], n);
+  }
+}
+
+// Times [from, to) of a block's inputs; before time 0 is the initial state.
+template <class V>
+inline void read_inputs(const CausalConv1d& args, const Layout<V>& layout, const Block& block, int64_t from, int64_t to,
+                        typename V::scalar* out) {
+  const int64_t start = larger(from, smaller(to, 0));  // of those in x
+  if (from < start && given(args.initial_state))
+    read_tile<V>(out, args.initial_state, layout.lanes, state_of(block, layout.before + from, layout.before + start));
+  else
+    fill_zero(out, (start - from) * layout.lanes);
+  if (start < to) read_tile<V>(out + (start - from) * layout.lanes, args.x, layout.lanes, tile_of(block, start, to));
+}
+
+constexpr int64_t max_fixed_taps = 4;
+
+template <int N>
+struct Taps {
+  static constexpr int fixed = N;  // 0: any number
+};
+
+template <class F>
+inline void with_taps(int64_t width, F f) {
+  switch (width) {
+    case 1:
+      return f(Taps<1>());
+    case 2:
+      return f(Taps<2>());
+    case 3:
+      return f(Taps<3>());
+    case 4:
+      return f(Taps<4>());
+    default:
+      return f(Taps<0>());
+  }
+}
+
+// finish(bias + Σ_k filter_k x_{t - W + 1 + k}, v) for each vector v < count; `in` starts W - 1 times earlier, a time
+// being `unit` elements.
+template <class V, int N, class Finish>
+inline void convolve(Taps<N>, const typename V::scalar* in, int64_t unit, const typename V::scalar* filter,
+                     int64_t filter_step, int64_t width, V bias, int64_t count, Finish finish) {
+  V fixed[N > 0 ? N : 1];
+  for (int k = 0; k < N; ++k) fixed[k] = V::load(filter + k * filter_step);
+  for (int64_t v = 0; v < count; ++v) {
+    const typename V::scalar* const at = in + v * V::width;
+    V sum = bias;
+    if constexpr (N > 0)
+      for (int k = 0; k < N; ++k) sum = V::fma(fixed[k], V::load(at + k * unit), sum);
     else
-      for (int64_t i = 0; i < before_; ++i) row_[i] = T(0);
-    read_row<V>(row_ + before_, args_.x, offset_of(args_.x, b, d), args_.x.stride[2], args_.length);
-    read_row<V>(weight_.get(), args_.weight, d * args_.weight.stride[0], args_.weight.stride[1], args_.width);
-    bias_ = given(args_.bias) ? element<T>(args_.bias, d * args_.bias.stride[0]) : T(0);
+      for (int64_t k = 0; k < width; ++k) sum = V::fma(V::load(filter + k * filter_step), V::load(at + k * unit), sum);
+    finish(sum, v);
+  }
+}
+
+// The same where a vector is one time: the inputs before `in` are vectors one after the other, and each is read once.
+template <class V, int N, class Finish>
+inline void convolve_times(Taps<N>, const typename V::scalar* past, const typename V::scalar* in, int64_t step,
+                           const typename V::scalar* filter, V bias, int64_t count, Finish finish) {
+  V fixed[N], inputs[N];
+  for (int k = 0; k < N; ++k) fixed[k] = V::load(filter + k * V::width);
+  for (int k = 0; k < N - 1; ++k) inputs[k] = V::load(past + k * V::width);
+  for (int64_t t = 0; t < count; ++t) {
+    inputs[N - 1] = V::load(in + t * step);
+    V sum = bias;
+    for (int k = 0; k < N; ++k) sum = V::fma(fixed[k], inputs[k], sum);
+    for (int k = 0; k < N - 1; ++k) inputs[k] = inputs[k + 1];
+    finish(sum, t);
+  }
+}
+
+template <class V>
+class Forward {
+ public:
+  explicit Forward(const CausalConv1d& args)
+      : args_(args), layout_(args), entries_(args.offsets ? 1 : args.batch), axis_(layout_.lanes == 1 ? 2 : 1) {
+    share_ = entries_ * args.dim * args.length > work_worth_sharing;
+    if (!share_) {
+      channels_ = args.dim, times_ = args.length, group_ = entries_;
+    } else if (layout_.lanes > 1) {
+      channels_ = smaller(args.dim, 256), times_ = smaller(args.length, larger(64, task_elements / channels_));
+      group_ = div_up(task_elements, channels_ * times_);
+    } else {
+      times_ = smaller(args.length, 8192), channels_ = smaller(args.dim, div_up(task_elements, times_));
+      group_ = div_up(task_elements, channels_ * times_);
+    }
+    keep_states_ = given(args.final_state) && layout_.before > 0;
+    in_place_ =
+        own_type<T>(args.x) && own_type<T>(args.out) && args.x.stride[axis_] == 1 && args.out.stride[axis_] == 1;
   }
 
-  // The result before the activation at [t, t + n).
-  V apply(int64_t t, int n) const {
-    V sum = V::set1(bias_);
-    for (int64_t k = 0; k < args_.width; ++k) sum = V::fma(V::set1(weight_[k]), V::load_first(row_ + t + k, n), sum);
-    return sum;
+  void run() {
+    if (args_.dim == 0) return;
+    keep_states_of_empty_sequences();
+    if (entries_ == 0 || args_.length == 0) return;
+    const int64_t parts = div_up(args_.dim, channels_), spans = div_up(args_.length, times_);
+    parallel(div_up(entries_, group_) * spans * parts, share_,
+             [&](int64_t task) { run_task(task / (spans * parts), task / parts % spans, task % parts); });
   }
-
-  T* row() const { return row_.get(); }  // [W - 1 + L]: x_t is row[W - 1 + t]
-  T weight(int64_t k) const { return weight_[k]; }
 
  private:
+  using T = typename V::scalar;
+
+  struct Scratch {
+    T *filters, *in, *out;
+  };
+
+  void run_task(int64_t group, int64_t span, int64_t part) {
+    const int64_t first = part * channels_, channels = smaller(channels_, args_.dim - first);
+    const int64_t filters = div_up(channels, layout_.lanes) * (args_.width + 1) * V::width;
+    const int64_t in = layout_.scratch(layout_.before + layout_.tile);
+    Buffer<T> memory(filters + in + layout_.scratch(layout_.tile));
+    const Scratch scratch = {memory.get(), memory + filters, memory + filters + in};
+    fill_zero(scratch.in, in);
+    read_filters<V>(args_, layout_, first, channels, scratch.filters);
+    const int64_t begin = span * times_, end = smaller(args_.length, begin + times_);
+    if (args_.offsets) {
+      for (int64_t s = sequence_at(args_, begin); s < args_.batch && args_.offsets[s] < end; ++s)
+        run_sequence(scratch, sequence_of(args_, s), first, channels, begin, end);
+    } else {
+      for (int64_t s = group * group_; s < smaller(entries_, (group + 1) * group_); ++s)
+        run_sequence(scratch, sequence_of(args_, s), first, channels, begin, end);
+    }
+  }
+
+  // The part of a sequence in [begin, end) of its arrays' time.
+  void run_sequence(const Scratch& scratch, const Sequence& sequence, int64_t first, int64_t channels, int64_t begin,
+                    int64_t end) {
+    const int64_t to = smaller(sequence.length, end - sequence.begin);
+    for (int64_t t = larger(0, begin - sequence.begin); t < to; t += layout_.tile) {
+      const T* filter = scratch.filters;
+      for (int64_t d = first; d < first + channels; d += layout_.lanes, filter += (args_.width + 1) * V::width)
+        run_tile(scratch, filter, {sequence, d, smaller(layout_.lanes, first + channels - d)}, t,
+                 smaller(to, t + layout_.tile));
+    }
+  }
+
+  void run_tile(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    if (layout_.lanes > 1 && args_.width <= max_fixed_taps)
+      run_vectors_of_channels(scratch, filter, block, from, to);
+    else if (layout_.lanes == 1 && in_place_)
+      run_row(scratch, filter, block, from, to);
+    else
+      run_copied(scratch, filter, block, from, to);
+    if (to == block.sequence.length && keep_states_) keep_final_state(scratch, block, from, to);
+  }
+
+  // The last W - 1 inputs; scratch.in may hold them, after a tile that was not worked on in place.
+  void keep_final_state(const Scratch& scratch, const Block& block, int64_t from, int64_t to) {
+    const bool copied = !in_place_ || block.n < layout_.lanes;
+    T* const rows = copied ? scratch.in + (to - from) * layout_.lanes : scratch.in;
+    if (!copied) read_inputs<V>(args_, layout_, block, to - layout_.before, to, rows);
+    write_tile<V>(rows, args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
+  }
+
+  void run_vectors_of_channels(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    const bool in_place = in_place_ && block.n == layout_.lanes;
+    const Tile x = tile_of(block, from, to);
+    T* const copied = scratch.in + layout_.before * layout_.lanes;
+    read_inputs<V>(args_, layout_, block, from - layout_.before, from, scratch.in);
+    if (!in_place) read_tile<V>(copied, args_.x, layout_.lanes, x);
+    const T* const in = in_place ? pointer<const T>(args_.x, start_of(args_.x, x)) : copied;
+    T* const out = in_place ? pointer<T>(args_.out, start_of(args_.out, x)) : scratch.out;
+    const int64_t in_step = in_place ? args_.x.stride[2] : V::width, step = in_place ? args_.out.stride[2] : V::width;
+    with_taps(args_.width, [&](auto taps) {
+      if constexpr (taps.fixed > 0) {
+        const V bias = V::load(filter + taps.fixed * V::width);
+        if (args_.silu)
+          convolve_times<V>(taps, scratch.in, in, in_step, filter, bias, to - from,
+                            [&](V sum, int64_t t) { silu(sum).store(out + t * step); });
+        else
+          convolve_times<V>(taps, scratch.in, in, in_step, filter, bias, to - from,
+                            [&](V sum, int64_t t) { sum.store(out + t * step); });
+      }
+    });
+    if (!in_place) write_tile<V>(scratch.out, args_.out, layout_.lanes, x);
+  }
+
+  // Whole vectors that have all their inputs in x are worked on in place.
+  void run_row(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    const int64_t head = smaller(to, larger(from, round_up(layout_.before, V::width)));
+    const int64_t tail = head + (to - head) / V::width * V::width;
+    if (from < head) run_copied(scratch, filter, block, from, head);
+    if (head < tail) {
+      const Tile tile = tile_of(block, head, tail);
+      apply(filter, pointer<const T>(args_.x, start_of(args_.x, tile) - layout_.before),
+            pointer<T>(args_.out, start_of(args_.out, tile)), (tail - head) / V::width);
+    }
+    if (tail < to) run_copied(scratch, filter, block, tail, to);
+  }
+
+  void run_copied(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
+    read_inputs<V>(args_, layout_, block, from - layout_.before, to, scratch.in);
+    apply(filter, scratch.in, scratch.out, div_up((to - from) * layout_.lanes, V::width));
+    write_tile<V>(scratch.out, args_.out, layout_.lanes, tile_of(block, from, to));
+  }
+
+  void apply(const T* filter, const T* in, T* out, int64_t count) const {
+    const V bias = V::load(filter + args_.width * V::width);
+    with_taps(args_.width, [&](auto taps) {
+      if (args_.silu)
+        convolve<V>(taps, in, layout_.lanes, filter, V::width, args_.width, bias, count,
+                    [&](V sum, int64_t v) { silu(sum).store(out + v * V::width); });
+      else
+        convolve<V>(taps, in, layout_.lanes, filter, V::width, args_.width, bias, count,
+                    [&](V sum, int64_t v) { sum.store(out + v * V::width); });
+    });
+  }
+
+  // They have no tile.
+  void keep_states_of_empty_sequences() {
+    if (!keep_states_) return;
+    Buffer<T> rows(layout_.scratch(layout_.before));
+    for (int64_t s = 0; s < args_.batch; ++s) {
+      const Sequence sequence = sequence_of(args_, s);
+      for (int64_t d = 0; sequence.length == 0 && d < args_.dim; d += layout_.lanes) {
+        const Block block = {sequence, d, smaller(layout_.lanes, args_.dim - d)};
+        read_inputs<V>(args_, layout_, block, -layout_.before, 0, rows.get());
+        write_tile<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
+      }
+    }
+  }
+
   const CausalConv1d& args_;
-  int64_t before_;
-  Buffer<T> row_, weight_;
-  T bias_ = T(0);
+  Layout<V> layout_;
+  int64_t entries_;                   // of arrays of time
+  int axis_;                          // of x that vectors run over
+  int64_t channels_, times_, group_;  // of a task: channels, times and entries
+  bool share_, in_place_, keep_states_;
 };
 
 template <class V>
-inline void forward(const CausalConv1d& args) {
+class Backward {
+ public:
+  explicit Backward(const CausalConv1dBwd& args) : args_(args), in_(args.forward), layout_(in_) {}
+
+  void run() {
+    const int64_t channels = layout_.lanes == 1 ? 8 : 64;
+    const int64_t elements = (in_.offsets ? 1 : in_.batch) * in_.dim * in_.length;
+    parallel(div_up(in_.dim, channels), elements > work_worth_sharing / 4,
+             [&](int64_t task) { run_task(task * channels, smaller(channels, in_.dim - task * channels)); });
+  }
+
+ private:
   using T = typename V::scalar;
-  const int64_t rows = args.batch * args.dim;
-  constexpr int64_t rows_per_task = 32;
-  parallel(div_up(rows, rows_per_task), rows * args.length > work_worth_sharing, [&](int64_t task) {
-    Channel<V> channel(args);
-    Buffer<T> out(args.length);
-    for (int64_t r = task * rows_per_task; r < smaller(rows, (task + 1) * rows_per_task); ++r) {
-      const int64_t b = r / args.dim, d = r % args.dim;
-      channel.read(b, d);
-      for (int64_t t = 0; t < args.length; t += V::width) {
-        const int n = static_cast<int>(smaller(V::width, args.length - t));
-        const V sum = channel.apply(t, n);
-        (args.silu ? silu(sum) : sum).store_first(out + t, n);
+
+  struct Scratch {
+    T *x, *g, *drow;  // [W - 1 + tile], [W - 1 + tile], [tile] of a block
+  };
+
+  void run_task(int64_t first, int64_t channels) {
+    const int64_t row = (in_.width + 1) * V::width, size = layout_.scratch(layout_.before + layout_.tile);
+    const int64_t blocks = div_up(channels, layout_.lanes);
+    Buffer<T> memory(blocks * row + 3 * size, T(0));
+    Buffer<double> sums(blocks * row, 0.0);  // of a block's W taps and its bias, as vectors
+    T* const scratch_memory = memory + blocks * row;
+    const Scratch scratch = {scratch_memory, scratch_memory + size, scratch_memory + 2 * size};
+    read_filters<V>(in_, layout_, first, channels, memory.get());
+    for (int64_t s = 0; s < in_.batch; ++s) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t d = first + b * layout_.lanes;
+        run_block(scratch, memory + b * row, sums + b * row,
+                  {sequence_of(in_, s), d, smaller(layout_.lanes, first + channels - d)});
       }
-      write_row(out.get(), args.out, offset_of(args.out, b, d), args.out.stride[2], args.length);
-      if (given(args.final_state))
-        write_row(channel.row() + args.length, args.final_state, offset_of(args.final_state, b, d),
-                  args.final_state.stride[2], args.width - 1);
     }
-  });
-}
+    for (int64_t c = 0; c < channels; ++c) write_sums(sums + c / layout_.lanes * row, first + c, c % layout_.lanes);
+  }
 
-// g: gradient before the activation [L]; drow: gradient of the channel's row [W - 1 + L].
-template <class V>
-inline void backward_row(const CausalConv1dBwd& args, const Channel<V>& channel, int64_t b, int64_t d,
-                         typename V::scalar* g, typename V::scalar* drow) {
-  using T = typename V::scalar;
-  const CausalConv1d& in = args.forward;
-  const int64_t L = in.length, before = in.width - 1;
-  read_row<V>(g, args.grad_out, offset_of(args.grad_out, b, d), args.grad_out.stride[2], L);
-  if (in.silu) {
-    for (int64_t t = 0; t < L; t += V::width) {
-      const int n = static_cast<int>(smaller(V::width, L - t));
-      (V::load_first(g + t, n) * silu_slope(channel.apply(t, n))).store_first(g + t, n);
+  // Row i of a block is x_{i - W + 1}; its gradient is Σ_k filter_k g_{i - k}, g being the gradient before the
+  // activation, and the last W - 1 rows are the final state.
+  void run_block(const Scratch& scratch, const T* filter, double* sums, const Block& block) {
+    const int64_t lanes = layout_.lanes, before = layout_.before, length = block.sequence.length;
+    const int64_t rows = length + before;
+    fill_zero(scratch.g, before * lanes);
+    for (int64_t i = 0; i < rows; i += layout_.tile) {
+      const int64_t end = smaller(rows, i + layout_.tile), live = larger(0, smaller(end, length) - i);
+      T* const g = scratch.g + before * lanes;
+      if (live > 0) read_gradient(scratch, filter, block, i, live);
+      fill_zero(g + live * lanes, (end - i - live) * lanes + V::width);
+      with_taps(in_.width, [&](auto taps) {
+        if (live > 0) add_sums(taps, scratch.x, g, live, sums);
+        convolve<V>(taps, scratch.g, lanes, filter + before * V::width, -V::width, in_.width, V::zero(),
+                    div_up((end - i) * lanes, V::width),
+                    [&](V sum, int64_t v) { sum.store(scratch.drow + v * V::width); });
+      });
+      write_rows(scratch, block, i, end);
+      if (end < rows) copy(scratch.g, scratch.g + (end - i) * lanes, before * lanes);
     }
   }
-  for (int64_t i = 0; i < L; ++i) drow[i] = T(0);
-  read_row<V>(drow + L, args.grad_final_state, offset_of(args.grad_final_state, b, d), args.grad_final_state.stride[2],
-              before);
-  for (int64_t k = 0; k < in.width; ++k) {
-    const V weight = V::set1(channel.weight(k));
-    for (int64_t t = 0; t < L; t += V::width) {
-      const int n = static_cast<int>(smaller(V::width, L - t));
-      V::fma(weight, V::load_first(g + t, n), V::load_first(drow + t + k, n)).store_first(drow + t + k, n);
-    }
-  }
-}
 
-template <class V>
-inline void backward(const CausalConv1dBwd& args) {
-  using T = typename V::scalar;
-  const CausalConv1d& in = args.forward;
-  const int64_t L = in.length, W = in.width;
-  constexpr int64_t channels_per_task = 8;
-  parallel(div_up(in.dim, channels_per_task), in.batch * in.dim * L > work_worth_sharing / 4, [&](int64_t task) {
-    Channel<V> channel(in);
-    Buffer<T> g(L), drow(L + W - 1);
-    Buffer<double> dweight(W);
-    for (int64_t d = task * channels_per_task; d < smaller(in.dim, (task + 1) * channels_per_task); ++d) {
-      double dbias = 0;
-      for (int64_t k = 0; k < W; ++k) dweight[k] = 0;
-      for (int64_t b = 0; b < in.batch; ++b) {
-        channel.read(b, d);
-        backward_row(args, channel, b, d, g.get(), drow.get());
-        for (int64_t t = 0; t < L; ++t) dbias += static_cast<double>(g[t]);
-        for (int64_t k = 0; k < W; ++k) {
-          double sum = 0;
-          for (int64_t t = 0; t < L; ++t) sum += static_cast<double>(g[t]) * static_cast<double>(channel.row()[t + k]);
-          dweight[k] += sum;
+  // Times [t, t + count) of x, after the W - 1 before, and of g.
+  void read_gradient(const Scratch& scratch, const T* filter, const Block& block, int64_t t, int64_t count) {
+    const int64_t lanes = layout_.lanes, before = layout_.before;
+    T* const g = scratch.g + before * lanes;
+    read_inputs<V>(in_, layout_, block, t - before, t + count, scratch.x);
+    fill_zero(scratch.x + (before + count) * lanes, V::width);
+    read_tile<V>(g, args_.grad_out, lanes, tile_of(block, t, t + count));
+    if (!in_.silu) return;
+    const V bias = V::load(filter + in_.width * V::width);
+    with_taps(in_.width, [&](auto taps) {
+      convolve<V>(taps, scratch.x, lanes, filter, V::width, in_.width, bias, div_up(count * lanes, V::width),
+                  [&](V sum, int64_t v) { (V::load(g + v * V::width) * silu_slope(sum)).store(g + v * V::width); });
+    });
+  }
+
+  // sums[k] += Σ g_t x_{t - W + 1 + k}, and Σ g_t for the bias, each lane for itself.
+  template <int N>
+  void add_sums(Taps<N>, const T* x, const T* g, int64_t count, double* sums) const {
+    const int64_t elements = round_up(count * layout_.lanes, V::width);
+    if constexpr (N > 0) {
+      typename V::Wide sum[N + 1];
+      for (int k = 0; k <= N; ++k) sum[k] = V::Wide::load(sums + k * V::width);
+      for (int64_t i = 0; i < elements; i += V::width) {
+        const auto grad = V::Wide::from(V::load(g + i));
+        for (int k = 0; k < N; ++k)
+          sum[k] = V::Wide::fma(grad, V::Wide::from(V::load(x + i + k * layout_.lanes)), sum[k]);
+        sum[N] = sum[N] + grad;
+      }
+      for (int k = 0; k <= N; ++k) sum[k].store(sums + k * V::width);
+    } else {
+      for (int64_t k = 0; k <= in_.width; ++k) {
+        auto sum = V::Wide::load(sums + k * V::width);
+        for (int64_t i = 0; i < elements; i += V::width) {
+          const auto grad = V::Wide::from(V::load(g + i));
+          sum = k < in_.width ? V::Wide::fma(grad, V::Wide::from(V::load(x + i + k * layout_.lanes)), sum) : sum + grad;
         }
-        const int64_t row = b * in.dim + d;
-        if (given(args.dx)) write_row(drow + (W - 1), args.dx, row * L, 1, L);
-        if (given(args.dinitial_state)) write_row(drow.get(), args.dinitial_state, row * (W - 1), 1, W - 1);
+        sum.store(sums + k * V::width);
       }
-      if (given(args.dweight))
-        for (int64_t k = 0; k < W; ++k) static_cast<T*>(args.dweight.data)[d * W + k] = static_cast<T>(dweight[k]);
-      if (given(args.dbias)) static_cast<T*>(args.dbias.data)[d] = static_cast<T>(dbias);
     }
-  });
-}
+  }
+
+  // Gradients of rows [begin, end), which scratch.drow holds but for what comes through the final state.
+  void write_rows(const Scratch& scratch, const Block& block, int64_t begin, int64_t end) {
+    const int64_t lanes = layout_.lanes, before = layout_.before, length = block.sequence.length;
+    if (end > length && given(args_.grad_final_state)) {
+      const int64_t from = larger(begin, length);
+      read_tile<V>(scratch.x, args_.grad_final_state, lanes, state_of(block, from - length, end - length));
+      T* const to = scratch.drow + (from - begin) * lanes;
+      for (int64_t j = 0; j < (end - from) * lanes; ++j) to[j] += scratch.x[j];
+    }
+    const int64_t split = larger(begin, smaller(end, before));
+    if (begin < split && given(args_.dinitial_state))
+      write_tile<V>(scratch.drow, args_.dinitial_state, lanes, state_of(block, begin, split));
+    if (split < end && given(args_.dx))
+      write_tile<V>(scratch.drow + (split - begin) * lanes, args_.dx, lanes,
+                    tile_of(block, split - before, end - before));
+  }
+
+  void write_sums(const double* sums, int64_t d, int64_t lane) const {
+    const auto total = [&](int64_t k) {
+      if (layout_.lanes > 1) return sums[k * V::width + lane];
+      double sum = 0;
+      for (int c = 0; c < V::width; ++c) sum += sums[k * V::width + c];
+      return sum;
+    };
+    if (given(args_.dweight))
+      for (int64_t k = 0; k < in_.width; ++k)
+        static_cast<T*>(args_.dweight.data)[d * in_.width + k] = static_cast<T>(total(k));
+    if (given(args_.dbias)) static_cast<T*>(args_.dbias.data)[d] = static_cast<T>(total(in_.width));
+  }
+
+  const CausalConv1dBwd& args_;
+  const CausalConv1d& in_;
+  Layout<V> layout_;
+};
 
 }  // namespace fastlvm::FASTLVM_ISA::conv

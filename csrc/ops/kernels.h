@@ -19,7 +19,7 @@ struct SsmScan {
   TensorView B, C;           // [D, N] or [B, G, N, L], each with its own G
   TensorView D, delta_bias;  // [D]
   TensorView initial_state;  // [B, D, N]
-  TensorView out;            // [B, D, L]
+  TensorView out;            // [B, D, L], or [B, D, L'] for the last L' tokens alone
   TensorView final_state;    // [B, D, N] contiguous, float32 (float64)
 };
 

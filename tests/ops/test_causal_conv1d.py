@@ -81,6 +81,36 @@ def test_two_halves_with_carried_state_are_the_whole(cut, width, backend):
     assert torch.equal(state, last)
 
 
+# Vectors run over channels or over time, whole or not, in one tile or several, on one thread or shared out.
+SIZES = [(40, 5, 4), (40, 4, 3), (40, 8, 2), (40, 9, 1), (33, 70, 4), (16, 70, 6), (40, 1100, 3), (12, 9001, 4)]
+
+
+@pytest.mark.parametrize("layout", ["time", "channel", "both", "neither"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("channels", "length", "width"), SIZES)
+def test_vectors_over_channels_and_over_time(channels, length, width, dtype, layout, isa):
+    case = Conv(channels=channels, length=length, width=width)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def laid_out(x, how):
+        if how == "channel":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return x.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, ::2, ::2] if how == "neither" else x
+
+    def op(x, **inputs):
+        out, state = fastlvm.causal_conv1d(laid_out(x, layout), **inputs, backend="cpu")
+        # A view of the output gives the kernel a cotangent in that view's memory.
+        return (laid_out(out, "channel") if layout == "both" else out), state
+
+    (out, final), grads = gradients(op, case, dtype, weights)
+    (true_out, true_final), true_grads = truth(case, dtype, weights)
+    forward, gradient = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-3, 2e-3), torch.float64: (1e-15, 1e-14)}[dtype]
+    assert relative_error(out, true_out) <= forward
+    assert relative_error(final, true_final) == 0
+    errors = {name: relative_error(grads[name], true_grads[name]) for name in true_grads}
+    assert max(errors.values()) <= gradient, errors
+
+
 def test_swish_is_silu(backend):
     inputs = Conv().inputs()
     silu = fastlvm.causal_conv1d(**inputs, backend=backend)

@@ -9,6 +9,7 @@ import numpy as np
 from fastlvm.ops import _arrays
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
+_SINGLE, _HALF, _DOUBLE = (np.dtype(name) for name in ("float32", "float16", "float64"))
 _WANTS = {"numpy": "numpy arrays", "torch": "torch tensors"}
 
 
@@ -20,14 +21,25 @@ def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> N
         ValueError: another device than the first.
     """
     lead = next(iter(named))
+    first = named[lead]
     for name, x in named.items():
-        if x is None and name in optional:
+        if (x is None and name in optional) or _plain(x, first):
             continue
-        _check_kind(op, name, x, lead, named[lead])
-        _check_dtype(op, name, x, lead, named[lead])
-        here, there = _arrays.device(x), _arrays.device(named[lead])
+        _check_kind(op, name, x, lead, first)
+        _check_dtype(op, name, x, lead, first)
+        here, there = _arrays.device(x), _arrays.device(first)
         if here != there:
             raise ValueError(f"{op}: {name} is on {here} but {lead} is on {there}; move them to one device")
+
+
+def _plain(x: Any, first: Any) -> bool:
+    """Whether both are numpy arrays of native floats that go together. The checks below cost microseconds each."""
+    if type(x) is not np.ndarray or type(first) is not np.ndarray:
+        return False
+    dtype, wanted = x.dtype, first.dtype  # one object per native dtype, but for the odd copy
+    if dtype is _SINGLE or dtype is _HALF:
+        return wanted is _SINGLE or wanted is _HALF
+    return dtype is _DOUBLE and wanted is _DOUBLE
 
 
 def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:
@@ -52,12 +64,11 @@ def _check_dtype(op: str, name: str, x: Any, lead: str, first: Any) -> None:
 
 def check_shape(op: str, name: str, x: Any, letters: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `x` (None is skipped) has exactly `shape`; `letters` name the axes, as "(B, D, L)"."""
-    if x is None:
+    if x is None or x.shape == shape:
         return
     if x.ndim != len(shape):
         raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {len(shape)}: {letters}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {_show(x)}; wants {letters} = {tuple(int(n) for n in shape)}")
+    raise ValueError(f"{op}: {name} has shape {_show(x)}; wants {letters} = {tuple(int(n) for n in shape)}")
 
 
 def check_rank(op: str, name: str, x: Any, letters: str, *ranks: int) -> None:
@@ -65,6 +76,32 @@ def check_rank(op: str, name: str, x: Any, letters: str, *ranks: int) -> None:
     if x.ndim not in ranks:
         wants = " or ".join(str(rank) for rank in ranks)
         raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {wants}: {letters}")
+
+
+def check_sequences(op: str, lead: str, x: Any, cu_seqlens: Any) -> int:
+    """Number of sequences in `x` [B, D, L], the argument `lead`: B, or what `cu_seqlens` [S + 1] packs into one entry.
+
+    Looks at what is known while tracing, never at the offsets themselves: those are checked where they are read.
+
+    Raises:
+        TypeError: `cu_seqlens` is of another kind than `x`, or its dtype is neither int32 nor int64.
+        ValueError: `cu_seqlens` is not a vector in main memory, it has no element, or B is not 1.
+    """
+    if cu_seqlens is None:
+        return x.shape[0]
+    name = "cu_seqlens"
+    _check_kind(op, name, cu_seqlens, lead, x)
+    dtype, where = _arrays.dtype_name(cu_seqlens), _arrays.device(cu_seqlens)
+    if dtype not in ("int32", "int64"):
+        raise TypeError(f"{op}: {name} is {dtype}; wants int32 or int64")
+    if where != "cpu":
+        raise ValueError(f"{op}: {name} is on {where}; wants it on the cpu, where its values are read")
+    check_rank(op, name, cu_seqlens, "(S + 1,)", 1)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: {name} has shape (0,); wants (S + 1,), the offsets of S sequences, 0 first")
+    if x.shape[0] != 1:
+        raise ValueError(f"{op}: {lead} has batch size {x.shape[0]}; wants 1 with {name}, the sequences along L")
+    return cu_seqlens.shape[0] - 1
 
 
 def check_flag(op: str, name: str, value: Any) -> None:

@@ -31,7 +31,7 @@ def describe() -> str:
 
 def aligned(x: Any) -> Any:
     """The array itself; a copy where numpy's own memory layout is not a whole number of elements apart."""
-    return np.require(x, requirements="A") if isinstance(x, np.ndarray) else x
+    return x if not isinstance(x, np.ndarray) or x.flags.aligned else np.require(x, requirements="A")
 
 
 def set_num_threads(n: int) -> None:

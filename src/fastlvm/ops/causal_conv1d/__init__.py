@@ -19,6 +19,7 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Any = None,
     return_final_state: bool = False,
+    cu_seqlens: Any = None,
     *,
     backend: str = "auto",
 ) -> Any:
@@ -35,6 +36,9 @@ def causal_conv1d(
         activation: None, "silu" or its other name "swish".
         initial_state: the W-1 inputs before x, oldest first, [B, D, W-1]; zero when None.
         return_final_state: also return the last W-1 inputs, those of `initial_state` included where L < W-1.
+        cu_seqlens: offsets [S + 1] of S packed sequences, int32 or int64 on the CPU: 0 first, never falling, L last.
+            B is 1 then, sequence s is times [cu_seqlens[s], cu_seqlens[s + 1]) of x, maybe none, and the states are
+            [S, D, W-1]; the results are those of every sequence alone.
         backend: "auto", or a name that `fastlvm.explain("causal_conv1d", ...)` lists.
 
     Returns:
@@ -43,16 +47,17 @@ def causal_conv1d(
 
     Raises:
         TypeError: an argument is no array, of another kind than x, or of a dtype that is not taken.
-        ValueError: a rank, a shape, a device or the activation does not fit, or the backend named cannot run the call.
+        ValueError: a rank, a shape, a device, the activation or an offset does not fit, or the backend named cannot
+            run the call.
     """
-    args = (x, weight, bias, activation, initial_state)
+    args = (x, weight, bias, activation, initial_state, cu_seqlens)
     _check(*args)
     _checks.check_flag(_OP, "return_final_state", return_final_state)
     out, final_state = dispatch.choose(_OP, backend, args).run(*args)
     return (out, final_state) if return_final_state else out
 
 
-def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any) -> None:
+def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any, cu_seqlens: Any) -> None:
     named = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     _checks.check_arrays(_OP, _OPTIONAL, named)
     if activation is not None and activation not in _ACTIVATIONS:
@@ -60,13 +65,15 @@ def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state
 
     _checks.check_rank(_OP, "x", x, "(B, D, L)", 3)
     _checks.check_rank(_OP, "weight", weight, "(D, W)", 2)
-    batch, channels, _ = x.shape
+    sequences = _checks.check_sequences(_OP, "x", x, cu_seqlens)
+    channels = x.shape[1]
     width = weight.shape[1]
     if width < 1:
         raise ValueError(f"{_OP}: weight has shape {tuple(weight.shape)}; wants (D, W) with W at least 1")
     _checks.check_shape(_OP, "weight", weight, "(D, W)", (channels, width))
     _checks.check_shape(_OP, "bias", bias, "(D,)", (channels,))
-    _checks.check_shape(_OP, "initial_state", initial_state, "(B, D, W-1)", (batch, channels, width - 1))
+    letters = "(B, D, W-1)" if cu_seqlens is None else "(S, D, W-1)"
+    _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, channels, width - 1))
 
 
 dispatch.register(_OP, causal_conv1d, _check, cpu, reference)

@@ -14,65 +14,67 @@ from fastlvm import _C
 from fastlvm.ops import _autograd
 from fastlvm.ops.causal_conv1d import reference
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state"
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
 _GRADS = "(" + ", ".join(["Tensor"] * 4) + ")"
 
 
-def _conv(x, weight, bias, silu, initial_state):
-    out, final_state = _outputs(x, weight)
+def _conv(x, weight, bias, silu, initial_state, cu_seqlens):
+    out, final_state = _outputs(x, weight, bias, silu, initial_state, cu_seqlens)
     tensors = [_autograd.plain(t) for t in (x, weight, bias)]
-    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), out, final_state)
+    offsets = _autograd.offsets(cu_seqlens)
+    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), out, final_state, offsets)
     return out, final_state
 
 
-def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    # [B, D, L] laid out as x is, [B, D, W-1]
-    return torch.empty_like(x), x.new_empty((*x.shape[:2], weight.shape[1] - 1))
+def _outputs(x: Tensor, weight: Tensor, bias: Any, silu: Any, initial_state: Any, cu_seqlens: Tensor | None) -> Any:
+    sequences = _autograd.sequences(x, cu_seqlens)
+    # [B, D, L] laid out as x is, [B or S, D, W-1]
+    return torch.empty_like(x), x.new_empty((sequences, x.shape[1], weight.shape[1] - 1))
 
 
-def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
+def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, wanted):
     inputs = (x, weight, bias, initial_state)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *buffers)
+    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *buffers, _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
 
 
-def _fake_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, wanted):
+def _fake_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, wanted):
     return _autograd.fake_gradients((x, weight, bias, initial_state), wanted)
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, ctx.silu, initial_state = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state)
+    x, weight, bias, ctx.silu, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_final_state):
-    x, weight, bias, initial_state = ctx.saved_tensors
+    x, weight, bias, *states = ctx.saved_tensors  # initial_state, cu_seqlens
     needs = ctx.needs_input_grad
     wanted = [*needs[:3], needs[4]]
     grads: list[Tensor | None] = [None] * 4
     if grad_out is not None or grad_final_state is not None:
-        results = causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, ctx.silu, initial_state, wanted)
+        results = causal_conv1d_bwd(grad_out, grad_final_state, x, weight, bias, ctx.silu, *states, wanted)
         grads = _autograd.or_none(results, wanted)
-    return (*grads[:3], None, grads[3])
+    return (*grads[:3], None, grads[3], None)
 
 
 def _save_bwd(ctx, inputs, output):
-    grad_out, grad_final_state, x, weight, bias, ctx.silu, initial_state, ctx.wanted = inputs
-    ctx.save_for_backward(grad_out, grad_final_state, x, weight, bias, initial_state)
+    grad_out, grad_final_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, ctx.wanted = inputs
+    ctx.save_for_backward(grad_out, grad_final_state, x, weight, bias, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
-    grad_out, grad_final_state, *tensors = ctx.saved_tensors
+    grad_out, grad_final_state, *tensors, cu_seqlens = ctx.saved_tensors
 
     def forward(x, weight, bias, initial_state):
-        return reference.conv(x, weight, bias, "silu" if ctx.silu else None, initial_state)
+        return reference.conv(x, weight, bias, "silu" if ctx.silu else None, initial_state, cu_seqlens)
 
     grads = _autograd.second_order(forward, tensors, (grad_out, grad_final_state), ctx.wanted, cotangents)
-    return (*grads[:-1], None, grads[-1], None)
+    return (*grads[:-1], None, grads[-1], None, None)
 
 
 causal_conv1d = _autograd.define(

@@ -16,8 +16,8 @@ def supports(x: Any, *args: Any) -> tuple[bool, str]:
     return _native.supports(x)
 
 
-def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any) -> tuple[Any, Any]:
-    args = (x, weight, bias, activation is not None, initial_state)
+def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any, cu_seqlens: Any) -> tuple[Any, Any]:
+    args = (x, weight, bias, activation is not None, initial_state, cu_seqlens)
     if _arrays.kind(x) == "torch":
         from fastlvm.ops.causal_conv1d import autograd
 
@@ -25,10 +25,12 @@ def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: A
     return _conv(*(_native.aligned(a) for a in args))
 
 
-def _conv(x: np.ndarray, weight: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+def _conv(*args: Any) -> tuple[np.ndarray, np.ndarray]:
     from fastlvm import _C
 
+    x, weight, *_, cu_seqlens = args
     out = np.empty_like(x, subok=False)
-    final_state = np.empty((*x.shape[:2], weight.shape[1] - 1), x.dtype)
-    _C.causal_conv1d(x, weight, *rest, out, final_state)
+    sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+    final_state = np.empty((sequences, x.shape[1], weight.shape[1] - 1), x.dtype)
+    _C.causal_conv1d(*args[:-1], out, final_state, cu_seqlens)
     return out, final_state

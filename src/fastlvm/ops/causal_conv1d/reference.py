@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlvm.ops import _arrays
-from fastlvm.ops._plain import describe, supports
+from fastlvm.ops._plain import describe, each_sequence, supports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,24 @@ def run(*args: Any) -> tuple[Any, ...]:
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, D, L] and final state [B, D, W-1], in x's dtype; computes in float32, in float64 for float64."""
     import torch
     import torch.nn.functional as F
+
+    if cu_seqlens is not None:
+
+        def alone(times: slice, sequence: slice | None) -> tuple[Tensor, Tensor]:
+            state = None if initial_state is None or sequence is None else initial_state[sequence]
+            return conv(x[..., times], weight, bias, activation, state)
+
+        return each_sequence("causal_conv1d", cu_seqlens, x.shape[-1], alone)
 
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, channels, length = x.shape

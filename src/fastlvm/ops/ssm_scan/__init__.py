@@ -24,6 +24,7 @@ def ssm_scan(
     delta_softplus: bool = False,
     initial_state: Any = None,
     return_final_state: bool = False,
+    cu_seqlens: Any = None,
     *,
     backend: str = "auto",
 ) -> Any:
@@ -44,6 +45,9 @@ def ssm_scan(
         delta_softplus: take softplus of delta, linear above 20.
         initial_state: [B, D, N] before the first step; zero when None.
         return_final_state: also return the state after the last step.
+        cu_seqlens: offsets [S + 1] of S packed sequences, int32 or int64 on the CPU: 0 first, never falling, L last.
+            B is 1 then, sequence s is times [cu_seqlens[s], cu_seqlens[s + 1]), maybe none, of every array of time,
+            and the states are [S, D, N]; the results are those of every sequence alone.
         backend: "auto", or a name that `fastlvm.explain("ssm_scan", ...)` lists.
 
     Returns:
@@ -52,11 +56,11 @@ def ssm_scan(
 
     Raises:
         TypeError: an argument is no array, of another kind than u, or of a dtype that is not taken.
-        ValueError: a rank, a shape or a device does not fit, or the backend named cannot run the call.
+        ValueError: a rank, a shape, a device or an offset does not fit, or the backend named cannot run the call.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
     """
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
     _check(*args)
     _checks.check_flag(_OP, "return_final_state", return_final_state)
     out, final_state = dispatch.choose(_OP, backend, args).run(*args)
@@ -74,6 +78,7 @@ def _check(
     delta_bias: Any,
     delta_softplus: bool,
     initial_state: Any,
+    cu_seqlens: Any,
 ) -> None:
     named = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
     named.update({"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state})
@@ -82,6 +87,7 @@ def _check(
 
     _checks.check_rank(_OP, "u", u, "(B, D, L)", 3)
     _checks.check_rank(_OP, "A", A, "(D, N)", 2)
+    sequences = _checks.check_sequences(_OP, "u", u, cu_seqlens)
     batch, channels, length = u.shape
     state = A.shape[1]
     _checks.check_shape(_OP, "delta", delta, "(B, D, L)", (batch, channels, length))
@@ -91,7 +97,8 @@ def _check(
     _checks.check_shape(_OP, "D", D, "(D,)", (channels,))
     _checks.check_shape(_OP, "z", z, "(B, D, L)", (batch, channels, length))
     _checks.check_shape(_OP, "delta_bias", delta_bias, "(D,)", (channels,))
-    _checks.check_shape(_OP, "initial_state", initial_state, "(B, D, N)", (batch, channels, state))
+    letters = "(B, D, N)" if cu_seqlens is None else "(S, D, N)"
+    _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, channels, state))
 
 
 def _check_layout(name: str, M: Any, batch: int, channels: int, length: int, state: int) -> None:

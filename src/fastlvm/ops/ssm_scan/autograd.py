@@ -16,81 +16,87 @@ from fastlvm.ops.ssm_scan import reference
 
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor? initial_state"
+    "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens"
 )
 _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
-    out, final_state = _outputs(u, delta, A)
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    out, final_state = _empty(u, A, cu_seqlens)
     tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, final_state)
+    offsets = _autograd.offsets(cu_seqlens)
+    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, final_state, offsets)
     return out, final_state
 
 
-def _outputs(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    final_state = u.new_empty((*u.shape[:2], A.shape[1]), dtype=_autograd.state_dtype(u))
-    return torch.empty_like(u), final_state  # [B, D, L] laid out as u is, [B, D, N]
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    return _empty(u, A, cu_seqlens)
+
+
+def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    sequences = _autograd.sequences(u, cu_seqlens)
+    final_state = u.new_empty((sequences, *A.shape), dtype=_autograd.state_dtype(u))
+    return torch.empty_like(u), final_state  # [B, D, L] laid out as u is, [B or S, D, N]
 
 
 def _scan_bwd(grad_out, grad_final_state, *args):
-    inputs, delta_softplus, wanted = _split(args)
+    inputs, delta_softplus, cu_seqlens, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.ssm_scan_bwd(*plain[:-1], delta_softplus, plain[-1], *buffers)
+    _C.ssm_scan_bwd(*plain[:-1], delta_softplus, plain[-1], *buffers, _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
 
 
 def _fake_bwd(grad_out, grad_final_state, *args):
-    inputs, _, wanted = _split(args)
+    inputs, _, _, wanted = _split(args)
     return _autograd.fake_gradients(inputs, wanted)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, list[bool]]:
-    """The nine tensors, the flag between them, and which gradients are wanted."""
-    *tensors, delta_softplus, initial_state, wanted = args
-    return [*tensors, initial_state], delta_softplus, wanted
+def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | None, list[bool]]:
+    """The nine tensors that have gradients, the flag between them, the offsets, and which gradients are wanted."""
+    *tensors, delta_softplus, initial_state, cu_seqlens, wanted = args
+    return [*tensors, initial_state], delta_softplus, cu_seqlens, wanted
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state = inputs
-    ctx.save_for_backward(*tensors, initial_state)
+    *tensors, ctx.delta_softplus, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_final_state):
-    *tensors, initial_state = ctx.saved_tensors
+    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [*needs[:8], needs[9]]
     grads: list[Tensor | None] = [None] * 9
     if grad_out is not None or grad_final_state is not None:
-        results = ssm_scan_bwd(grad_out, grad_final_state, *tensors, ctx.delta_softplus, initial_state, wanted)
-        grads = _autograd.or_none(results, wanted)
-    return (*grads[:8], None, grads[8])
+        args = (*tensors, ctx.delta_softplus, initial_state, cu_seqlens, wanted)
+        grads = _autograd.or_none(ssm_scan_bwd(grad_out, grad_final_state, *args), wanted)
+    return (*grads[:8], None, grads[8], None)
 
 
 def _save_bwd(ctx, inputs, output):
     grad_out, grad_final_state, *args = inputs
-    tensors, ctx.delta_softplus, ctx.wanted = _split(tuple(args))
-    ctx.save_for_backward(grad_out, grad_final_state, *tensors)
+    tensors, ctx.delta_softplus, cu_seqlens, ctx.wanted = _split(tuple(args))
+    ctx.save_for_backward(grad_out, grad_final_state, *tensors, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
-    grad_out, grad_final_state, *tensors = ctx.saved_tensors
+    grad_out, grad_final_state, *tensors, cu_seqlens = ctx.saved_tensors
 
     def forward(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        return reference.scan(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state)
+        return reference.scan(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, cu_seqlens)
 
     grads = _autograd.second_order(forward, tensors, (grad_out, grad_final_state), ctx.wanted, cotangents)
-    return (*grads[:-1], None, grads[-1], None)
+    return (*grads[:-1], None, grads[-1], None, None)
 
 
 ssm_scan = _autograd.define(
     "ssm_scan",
     f"({_INPUTS}) -> (Tensor, Tensor)",
     cpu=_scan,
-    fake=_outputs,
+    fake=_fake,
     setup_context=_save,
     backward=_backward,
 )

@@ -9,7 +9,7 @@ import numpy as np
 from fastlvm.ops import _arrays, _native
 from fastlvm.ops._native import describe
 
-__all__ = ["describe", "run", "supports"]
+__all__ = ["describe", "run", "scan_last", "supports"]
 
 
 def supports(u: Any, *args: Any) -> tuple[bool, str]:
@@ -21,13 +21,27 @@ def run(*args: Any) -> tuple[Any, Any]:
         from fastlvm.ops.ssm_scan import autograd
 
         return autograd.ssm_scan(*args)
-    return _scan(*(_native.aligned(a) for a in args))
+    aligned = [_native.aligned(a) for a in args]
+    return _scan(np.empty_like(aligned[0], subok=False), *aligned)
 
 
-def _scan(u: np.ndarray, delta: np.ndarray, A: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+def scan_last(*args: Any, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs of the last tokens alone, [B, D, outputs] for 0 <= `outputs` <= L, and the final state [B, D, N].
+
+    `args` are those of `run`, aligned numpy arrays with no `cu_seqlens` among them; the extension checks them.
+
+    Raises:
+        ValueError: an array does not fit, or there are more outputs than tokens.
+    """
+    u = args[0]
+    return _scan(np.empty_like(u, shape=(*u.shape[:2], outputs), subok=False), *args)
+
+
+def _scan(out: np.ndarray, *args: Any) -> tuple[np.ndarray, np.ndarray]:
     from fastlvm import _C
 
-    out = np.empty_like(u, subok=False)
-    final_state = np.empty((*u.shape[:2], A.shape[1]), np.float64 if u.dtype == np.float64 else np.float32)
-    _C.ssm_scan(u, delta, A, *rest, out, final_state)
+    u, _, A, *_, cu_seqlens = args
+    sequences = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
+    final_state = np.empty((sequences, *A.shape), np.float64 if u.dtype == np.float64 else np.float32)
+    _C.ssm_scan(*args[:-1], out, final_state, cu_seqlens)
     return out, final_state

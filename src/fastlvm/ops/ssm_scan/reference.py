@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlvm.ops import _arrays
-from fastlvm.ops._plain import describe, supports
+from fastlvm.ops._plain import describe, each_sequence, supports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +39,22 @@ def scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, D, L] in u's dtype and final state [B, D, N]; computes in float32, in float64 for float64."""
     import torch
     import torch.nn.functional as F
+
+    if cu_seqlens is not None:
+
+        def alone(times: slice, sequence: slice | None) -> tuple[Tensor, Tensor]:
+            def part(M: Any) -> Any:
+                return M if M is None or M.ndim == 2 else M[..., times]
+
+            state = None if initial_state is None or sequence is None else initial_state[sequence]
+            return scan(part(u), part(delta), A, part(B), part(C), D, part(z), delta_bias, delta_softplus, state)
+
+        return each_sequence("ssm_scan", cu_seqlens, u.shape[-1], alone)
 
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, channels, length = u.shape
