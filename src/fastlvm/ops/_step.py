@@ -51,7 +51,7 @@ def _check_writable(op: str, state: Any) -> None:
     else:
         strides = state.stride()
     for size, stride in zip(state.shape, strides, strict=True):
-        if stride == 0 and size > 1:
+        if stride == 0 and size > 1 and 0 not in state.shape:
             raise ValueError(f"{op}: state has stride 0; wants a place in memory for each element, such as a copy")
 
 
