@@ -24,13 +24,15 @@ def check_arrays(op: str, scan: str, optional: tuple[str, ...], named: dict[str,
 
     Raises:
         TypeError: as `_checks.check_arrays`; indices that are neither int32 nor int64.
-        ValueError: another device, a read-only or expanded state, or an argument that requires grad in grad mode.
+        ValueError: another device, a state that is read-only, expanded or lazily negated, or an argument that requires
+            grad in grad mode.
     """
     _checks.check_arrays(op, optional, named)
     _check_writable(op, named["state"])
     if state_indices is not None:
         _check_indices(op, named["state"], state_indices)
-    _check_no_gradient(op, scan, named)
+    if _arrays.kind(named["state"]) == "torch":
+        _check_tensors(op, scan, named)
 
 
 def check_states(op: str, state: Any, state_indices: Any, batch: int, axes: str, shape: tuple[int, ...]) -> None:
@@ -49,6 +51,10 @@ def _check_writable(op: str, state: Any) -> None:
             raise ValueError(f"{op}: state is read-only; wants an array that can be written in place, such as a copy")
         strides = state.strides
     else:
+        if state.is_neg():
+            raise ValueError(
+                f"{op}: state is a view that negates lazily; wants memory to write, pass state.resolve_neg()"
+            )
         strides = state.stride()
     for size, stride in zip(state.shape, strides, strict=True):
         if stride == 0 and size > 1 and 0 not in state.shape:
@@ -67,11 +73,11 @@ def _check_indices(op: str, state: Any, indices: Any) -> None:
         raise ValueError(f"{op}: state_indices is on {here} but state is on {there}; move them to one device")
 
 
-def _check_no_gradient(op: str, scan: str, named: dict[str, Any]) -> None:
-    if _arrays.kind(named["state"]) != "torch":
-        return
+def _check_tensors(op: str, scan: str, named: dict[str, Any]) -> None:
     import torch
 
+    if not torch.compiler.is_compiling() and named["state"].is_neg():
+        raise ValueError(f"{op}: state is a view that negates lazily; wants memory to write, pass state.resolve_neg()")
     if not torch.is_grad_enabled():
         return
     for name, x in named.items():
