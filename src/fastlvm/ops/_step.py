@@ -51,10 +51,6 @@ def _check_writable(op: str, state: Any) -> None:
             raise ValueError(f"{op}: state is read-only; wants an array that can be written in place, such as a copy")
         strides = state.strides
     else:
-        if state.is_neg():
-            raise ValueError(
-                f"{op}: state is a view that negates lazily; wants memory to write, pass state.resolve_neg()"
-            )
         strides = state.stride()
     for size, stride in zip(state.shape, strides, strict=True):
         if stride == 0 and size > 1 and 0 not in state.shape:
