@@ -59,13 +59,13 @@ inline void advance_panel(const SsmStep& args, int64_t i, int64_t slot, int64_t 
 
 template <class V>
 inline void forward(const SsmStep& args) {
-  // A task is a panel of some rows, one row after the other, so that they share what the cache holds of A.
-  const int64_t size = larger(1, args.state_size);
-  const int64_t rows = larger(1, work_of_a_task / (panel * size)), runs = div_up(args.batch, rows);
-  parallel(runs * div_up(args.dim, panel), args.batch * args.dim * size > work_worth_sharing, [&](int64_t task) {
-    const int64_t first = task / runs * panel, begin = task % runs * rows;
-    for (int64_t i = begin; i < smaller(args.batch, begin + rows); ++i)
-      advance_panel<V>(args, i, slot_of(args.indices, i), first, smaller(panel, args.dim - first));
+  // A task is a run of panels of a row, tasks go row by row: the states are read in the order in which they lie.
+  const int64_t size = larger(1, args.state_size), run = panel * larger(1, work_of_a_task / (panel * size));
+  const int64_t runs = div_up(args.dim, run);
+  parallel(args.batch * runs, args.batch * args.dim * size > work_worth_sharing, [&](int64_t task) {
+    const int64_t i = task / runs, begin = task % runs * run, end = smaller(args.dim, begin + run);
+    for (int64_t first = begin; first < end; first += panel)
+      advance_panel<V>(args, i, slot_of(args.indices, i), first, smaller(panel, end - first));
   });
 }
 
