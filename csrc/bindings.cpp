@@ -13,6 +13,9 @@ PYBIND11_MODULE(_C, m) {
   bind_ssm_scan(m);
   bind_causal_conv1d(m);
   bind_linear(m);
+  bind_ssm_step(m);
+  bind_causal_conv1d_step(m);
+  bind_ssd_step(m);
 
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("get_num_threads", &get_num_threads);

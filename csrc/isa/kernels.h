@@ -2,8 +2,11 @@
 #pragma once
 
 #include "ops/causal_conv1d.h"
+#include "ops/causal_conv1d_step.h"
+#include "ops/ssd_step.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
+#include "ops/ssm_step.h"
 #include "predictor/linear.h"
 
 #define FASTLVM_TEXT_OF(x) #x
@@ -27,7 +30,20 @@ inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
   args.forward.float64 ? conv::Backward<Double>(args).run() : conv::Backward<Vec>(args).run();
 }
 
-inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,       ssm_scan_bwd, causal_conv1d,
-                                    causal_conv1d_bwd,         linear::forward};
+inline void ssm_step(const SsmStep& args) {
+  args.float64 ? ssm_one::forward<Double>(args) : ssm_one::forward<Vec>(args);
+}
+
+inline void causal_conv1d_step(const CausalConv1dStep& args) {
+  args.float64 ? conv_one::forward<Double>(args) : conv_one::forward<Vec>(args);
+}
+
+inline void ssd_step(const SsdStep& args) {
+  args.float64 ? ssd_one::forward<Double>(args) : ssd_one::forward<Vec>(args);
+}
+
+inline constexpr Kernels kernels = {
+    FASTLVM_TEXT(FASTLVM_ISA), ssm_scan, ssm_scan_bwd,       causal_conv1d, causal_conv1d_bwd,
+    linear::forward,           ssm_step, causal_conv1d_step, ssd_step};
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -48,6 +48,46 @@ struct CausalConv1dBwd {
   TensorView dx, dweight, dbias, dinitial_state;
 };
 
+// One token of SsmScan: h = exp(δ A) h + δ B x in place, out = (C·h + D x) silu(z). Here and below row i advances state
+// indices[i], or state i where there are no indices; a negative index is padding, whose output is zero.
+struct SsmStep {
+  int64_t batch, dim, state_size;  // b, D, N
+  const int64_t* indices;          // [b], no two alike but the negative ones
+  bool float64;
+  bool delta_softplus;
+  TensorView state;             // [S, D, N]
+  TensorView x, delta, z, out;  // [b, D]
+  TensorView A;                 // [D, N]
+  TensorView B, C;              // [b, G, N], each with its own G
+  TensorView D, delta_bias;     // [D]
+};
+
+// One token of CausalConv1d: the state, oldest first, drops an input and takes x.
+struct CausalConv1dStep {
+  int64_t batch, dim, width, length;  // b, D, W, and the inputs that the state holds, W - 1 or more
+  const int64_t* indices;
+  bool float64;
+  bool silu;
+  TensorView x, out;  // [b, D]
+  TensorView state;   // [S, D, length]
+  TensorView weight;  // [D, W]
+  TensorView bias;    // [D]
+};
+
+// One token of Mamba-2: H = exp(dt A) H + dt x Bᵀ in place, out = (H C + D x) silu(z), dt = softplus(dt + dt_bias).
+struct SsdStep {
+  int64_t batch, heads, dim, state_size;  // b, h, p, n
+  const int64_t* indices;
+  bool float64;
+  bool dt_softplus;
+  TensorView state;       // [S, h, p, n]
+  TensorView x, z, out;   // [b, h, p]
+  TensorView dt;          // [b, h]
+  TensorView A, dt_bias;  // [h]
+  TensorView B, C;        // [b, g, n]
+  TensorView D;           // [h] or [h, p]
+};
+
 // y = x Wᵀ; everything contiguous.
 struct Linear {
   int64_t rows, inputs, outputs;
@@ -63,6 +103,9 @@ struct Kernels {
   void (*causal_conv1d)(const CausalConv1d&);
   void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
   void (*linear)(const Linear&);
+  void (*ssm_step)(const SsmStep&);
+  void (*causal_conv1d_step)(const CausalConv1dStep&);
+  void (*ssd_step)(const SsdStep&);
 };
 
 // One per object in isa/; null where the target architecture or the compiler lacks the instructions.

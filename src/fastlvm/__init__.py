@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _HOME = {
     "ssm_scan": "fastlvm.ops",
     "causal_conv1d": "fastlvm.ops",
+    "ssm_step": "fastlvm.ops",
+    "causal_conv1d_step": "fastlvm.ops",
+    "ssd_step": "fastlvm.ops",
     "explain": "fastlvm.ops",
     "set_num_threads": "fastlvm.ops",
     "get_num_threads": "fastlvm.ops",

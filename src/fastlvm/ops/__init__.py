@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from fastlvm.ops._native import get_num_threads, set_num_threads
 from fastlvm.ops.causal_conv1d import causal_conv1d
+from fastlvm.ops.causal_conv1d_step import causal_conv1d_step
 from fastlvm.ops.dispatch import explain
+from fastlvm.ops.ssd_step import ssd_step
 from fastlvm.ops.ssm_scan import ssm_scan
+from fastlvm.ops.ssm_step import ssm_step
 
-__all__ = ["causal_conv1d", "explain", "get_num_threads", "set_num_threads", "ssm_scan"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "explain",
+    "get_num_threads",
+    "set_num_threads",
+    "ssd_step",
+    "ssm_scan",
+    "ssm_step",
+]

@@ -1,0 +1,93 @@
+// One token of Mamba-2, in place on the state. Vectors run over the state dimension N; a head needs one exponential.
+#pragma once
+
+#include "ops/step.h"
+
+namespace fastlvm::FASTLVM_ISA::ssd_one {
+
+using namespace one_token;
+
+constexpr int64_t work_worth_sharing = 1 << 18;  // elements b·h·p·n
+
+// exp(x) h + in for one x. As step() in vmath.h does, a small x is taken as the factor's distance from one.
+template <class V>
+struct Decay {
+  using T = typename V::scalar;
+
+  explicit Decay(T x) {
+    if constexpr (sizeof(T) == 4) {
+      const auto [k, p] = exp_parts(Scalar<T>::set1(x));
+      near_one = k.v == T(0);
+      factor = near_one ? p.v : Scalar<T>::scale(Scalar<T>::set1(1) + p, k).v;
+    } else {
+      factor = exp(V::set1(x)).v;
+    }
+  }
+
+  T factor;  // less one if near_one
+  bool near_one = false;
+};
+
+template <class V, bool Near_one>
+inline typename V::scalar advance_row(typename V::scalar factor, typename V::scalar input, const typename V::scalar* B,
+                                      const typename V::scalar* C, typename V::scalar* h, int64_t count) {
+  const V f = V::set1(factor), in = V::set1(input);
+  return advance<V>(C, h, count, [&](int64_t n, V before, int lanes) {
+    const V after = V::fma(f, before, in * load_lanes<V>(B + n, lanes));
+    return Near_one ? before + after : after;
+  });
+}
+
+// Elements [first, first + count) of p of one head of row i, whose state is `slot`.
+template <class V>
+inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t head, int64_t first, int64_t count) {
+  using T = typename V::scalar;
+  T x[panel], y[panel];
+  fill_zero(y, count);
+  const auto at = [&](const TensorView& view, int64_t row) {
+    return offset_of(view, row, head) + first * view.stride[2];
+  };
+  const auto write = [&] { write_row(y, args.out, at(args.out, i), args.out.stride[2], count); };
+  if (slot < 0) return write();
+  read_row<V>(x, args.x, at(args.x, i), args.x.stride[2], count);
+  T dt = element<T>(args.dt, offset_of(args.dt, i, head)) + optional_element<T>(args.dt_bias, head);
+  if (args.dt_softplus) dt = softplus(Scalar<T>::set1(dt)).v;
+  const Decay<V> decay(dt * element<T>(args.A, head * args.A.stride[0]));
+
+  Row<V> state_row;
+  Projection<V> B_row(args.B, i, args.heads), C_row(args.C, i, args.heads);
+  const int64_t along = args.state.stride[3];
+  for (int64_t n = 0; n < args.state_size; n += stretch) {
+    const int64_t length = smaller(stretch, args.state_size - n);
+    const T *const B = B_row.row(head, n, length), *const C = C_row.row(head, n, length);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t offset = at(args.state, slot) + c * args.state.stride[2] + n * along;
+      y[c] += state_row.update(args.state, offset, along, length, [&](T* h) {
+        return decay.near_one ? advance_row<V, true>(decay.factor, dt * x[c], B, C, h, length)
+                              : advance_row<V, false>(decay.factor, dt * x[c], B, C, h, length);
+      });
+    }
+  }
+
+  if (given(args.D)) {  // [h] or [h, p]
+    const int64_t along_p = args.D.rank == 2 ? args.D.stride[1] : 0;
+    for (int64_t c = 0; c < count; ++c)
+      y[c] += element<T>(args.D, head * args.D.stride[0] + (first + c) * along_p) * x[c];
+  }
+  if (given(args.z)) {
+    read_row<V>(x, args.z, at(args.z, i), args.z.stride[2], count);
+    gate<V>(y, x, count);
+  }
+  write();
+}
+
+template <class V>
+inline void forward(const SsdStep& args) {
+  const int64_t panels = div_up(args.dim, panel), tasks = args.batch * args.heads * panels;
+  parallel(tasks, tasks * panel * larger(1, args.state_size) > work_worth_sharing, [&](int64_t task) {
+    const int64_t i = task / (args.heads * panels), head = task / panels % args.heads, first = task % panels * panel;
+    advance_panel<V>(args, i, slot_of(args.indices, i), head, first, smaller(panel, args.dim - first));
+  });
+}
+
+}  // namespace fastlvm::FASTLVM_ISA::ssd_one

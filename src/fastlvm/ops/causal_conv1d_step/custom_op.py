@@ -1,0 +1,31 @@
+"""One token of the causal convolution as a torch custom op, `fastlvm::causal_conv1d_step`.
+
+Imported when the first tensor arrives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlvm import _C
+from fastlvm.ops import _autograd, _step
+
+_SCHEMA = "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, Tensor? state_indices) -> Tensor"
+
+
+def _cpu(x, state, weight, bias, silu, state_indices):
+    out = _output(x)
+    tensors = [_autograd.plain(t) for t in (x, state, weight, bias)]
+    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), out)
+    _step.tell_autograd(state)
+    return out
+
+
+def _output(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)  # [b, D] laid out as x is
+
+
+causal_conv1d_step = _step.define("causal_conv1d_step", _SCHEMA, cpu=_cpu, fake=_output)

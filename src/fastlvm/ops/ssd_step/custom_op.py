@@ -1,0 +1,31 @@
+"""One token of Mamba-2 as a torch custom op, `fastlvm::ssd_step`. Imported when the first tensor arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlvm import _C
+from fastlvm.ops import _autograd, _step
+
+_SCHEMA = (
+    "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, Tensor? state_indices) -> Tensor"
+)
+
+
+def _cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices):
+    out = _output(state, x)
+    tensors = [_autograd.plain(t) for t in (state, x, dt, A, B, C, D, z, dt_bias)]
+    _C.ssd_step(*tensors, dt_softplus, _step.plain_indices(state_indices), out)
+    _step.tell_autograd(state)
+    return out
+
+
+def _output(state: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)  # [b, h, p] laid out as x is
+
+
+ssd_step = _step.define("ssd_step", _SCHEMA, cpu=_cpu, fake=_output)
