@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace fastlvm {
 
 void bind_ssm_scan(py::module_& m);
+void bind_ssd_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
 void bind_linear(py::module_& m);
 
@@ -63,6 +64,17 @@ inline void check_gradients(std::initializer_list<Expected> arrays, const Sizes&
     check_shape(array, axes, sizes);
     check_dense(array, float64);
   }
+}
+
+// The offsets of packed sequences, of batch size 1, and `sizes` with S, the number of sequences, which is B without
+// them.
+inline std::vector<int64_t> read_sequences(py::handle cu_seqlens, const Array& lead, Sizes& sizes) {
+  std::vector<int64_t> offsets = read_offsets(cu_seqlens, sizes.at('L'));
+  if (!offsets.empty() && sizes.at('B') != 1)
+    throw std::invalid_argument(std::string(lead.name()) + ": got " + lead.shape_text() +
+                                ", wants a batch size of 1 with cu_seqlens");
+  sizes['S'] = offsets.empty() ? sizes.at('B') : static_cast<int64_t>(offsets.size()) - 1;
+  return offsets;
 }
 
 inline void check_wanted(const Array& gradient, const Array& input) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "ops/causal_conv1d.h"
+#include "ops/ssd_scan.h"
+#include "ops/ssd_scan_bwd.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
 #include "predictor/linear.h"
@@ -17,6 +19,12 @@ inline void ssm_scan_bwd(const SsmScanBwd& args) {
   args.forward.float64 ? ssm::Backward<Double>(args).run() : ssm::Backward<Vec>(args).run();
 }
 
+inline void ssd_scan(const SsdScan& args) { args.float64 ? ssd::forward<Double>(args) : ssd::forward<Vec>(args); }
+
+inline void ssd_scan_bwd(const SsdScanBwd& args) {
+  args.forward.float64 ? ssd::Backward<Double>(args).run() : ssd::Backward<Vec>(args).run();
+}
+
 inline void causal_conv1d(const CausalConv1d& args) {
   args.float64 ? conv::forward<Double>(args) : conv::forward<Vec>(args);
 }
@@ -25,7 +33,8 @@ inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
   args.forward.float64 ? conv::backward<Double>(args) : conv::backward<Vec>(args);
 }
 
-inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,       ssm_scan_bwd, causal_conv1d,
-                                    causal_conv1d_bwd,         linear::forward};
+inline constexpr Kernels kernels = {
+    FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,       ssm_scan_bwd, ssd_scan, ssd_scan_bwd, causal_conv1d,
+    causal_conv1d_bwd,         linear::forward};
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastlvm.ops._native import get_num_threads, set_num_threads
 from fastlvm.ops.causal_conv1d import causal_conv1d
 from fastlvm.ops.dispatch import explain
+from fastlvm.ops.ssd_scan import ssd_scan
 from fastlvm.ops.ssm_scan import ssm_scan
 
-__all__ = ["causal_conv1d", "explain", "get_num_threads", "set_num_threads", "ssm_scan"]
+__all__ = ["causal_conv1d", "explain", "get_num_threads", "set_num_threads", "ssd_scan", "ssm_scan"]

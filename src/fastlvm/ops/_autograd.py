@@ -36,6 +36,16 @@ def plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
+def offsets(cu_seqlens: Tensor | None) -> Any:
+    """The offsets of packed sequences as the extension reads them."""
+    return None if cu_seqlens is None else cu_seqlens.numpy(force=True)
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Any:
+    """Number of sequences in x [B, D, L], as an int or, while tracing, a symbol for one."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype kernels compute in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

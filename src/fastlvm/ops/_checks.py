@@ -67,6 +67,32 @@ def check_rank(op: str, name: str, x: Any, letters: str, *ranks: int) -> None:
         raise ValueError(f"{op}: {name} has {x.ndim} dimensions {_show(x)}; wants {wants}: {letters}")
 
 
+def check_sequences(op: str, lead: str, x: Any, cu_seqlens: Any) -> int:
+    """Number of sequences in `x` [B, D, L], the argument `lead`: B, or what `cu_seqlens` [S + 1] packs into one entry.
+
+    Looks at what is known while tracing, never at the offsets themselves: those are checked where they are read.
+
+    Raises:
+        TypeError: `cu_seqlens` is of another kind than `x`, or its dtype is neither int32 nor int64.
+        ValueError: `cu_seqlens` is not a vector in main memory, it has no element, or B is not 1.
+    """
+    if cu_seqlens is None:
+        return x.shape[0]
+    name = "cu_seqlens"
+    _check_kind(op, name, cu_seqlens, lead, x)
+    dtype, where = _arrays.dtype_name(cu_seqlens), _arrays.device(cu_seqlens)
+    if dtype not in ("int32", "int64"):
+        raise TypeError(f"{op}: {name} is {dtype}; wants int32 or int64")
+    if where != "cpu":
+        raise ValueError(f"{op}: {name} is on {where}; wants it on the cpu, where its values are read")
+    check_rank(op, name, cu_seqlens, "(S + 1,)", 1)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: {name} has shape (0,); wants (S + 1,), the offsets of S sequences, 0 first")
+    if x.shape[0] != 1:
+        raise ValueError(f"{op}: {lead} has batch size {x.shape[0]}; wants 1 with {name}, the sequences along L")
+    return cu_seqlens.shape[0] - 1
+
+
 def check_flag(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a bool: a string such as "no" would silently mean yes."""
     if not isinstance(value, (bool, np.bool_)):

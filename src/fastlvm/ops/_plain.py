@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def supports(*args: Any) -> tuple[bool, str]:
@@ -14,3 +19,34 @@ def supports(*args: Any) -> tuple[bool, str]:
 
 def describe() -> str:
     return "plain PyTorch"
+
+
+def each_sequence(
+    op: str, cu_seqlens: Tensor, length: int, run: Callable[[slice, slice | None], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences one by one: outputs [1, D, L] and final states [S, D, ..].
+
+    `run(times, sequence)` gives output and final state of one sequence from its slices of time and of the states; no
+    sequence stands for a zero state.
+    """
+    import torch
+
+    offsets = _offsets(op, cu_seqlens, length)
+    if len(offsets) == 1:  # no sequence at all
+        out, state = run(slice(0, 0), None)
+        return out, state[:0]
+    pairs = enumerate(pairwise(offsets))
+    outs, states = zip(*(run(slice(begin, end), slice(s, s + 1)) for s, (begin, end) in pairs), strict=True)
+    return torch.cat(outs, dim=-1), torch.cat(states)
+
+
+def _offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens begins with {offsets[0]}; wants 0")
+    for before, after in pairwise(offsets):
+        if after < before:
+            raise ValueError(f"{op}: cu_seqlens falls from {before} to {after}; wants offsets that do not fall")
+    if offsets[-1] != length:
+        raise ValueError(f"{op}: cu_seqlens ends with {offsets[-1]}; wants the length {length}")
+    return offsets
