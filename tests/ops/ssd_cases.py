@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -105,7 +106,7 @@ def ssd_oracle(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, 
     cut = [(b, 0, length) for b in range(batch)]
     if cu_seqlens is not None:
         ends = [int(n) for n in cu_seqlens]
-        cut = [(0, begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        cut = [(0, begin, end) for begin, end in pairwise(ends)]
     zero = x.new_zeros(heads, dim, B.shape[3])
     group = [h * B.shape[2] // heads for h in range(heads)]
     rows, states = [], []

@@ -49,16 +49,17 @@ def scan(
     if cu_seqlens is not None:
 
         def alone(times: slice, sequence: slice | None) -> tuple[Tensor, Tensor]:
-            now = [M if M is None else M[:, times] for M in (x, dt, B, C, z)]
+            gate = None if z is None else z[:, times]
             state = None if initial_state is None or sequence is None else initial_state[sequence]
-            out, last = scan(*now[:2], A, *now[2:4], D, now[4], dt_bias, dt_softplus, state)
+            part = (x[:, times], dt[:, times], A, B[:, times], C[:, times])
+            out, last = scan(*part, D, gate, dt_bias, dt_softplus, state)
             return out.movedim(1, -1), last
 
         out, states = each_sequence("ssd_scan", cu_seqlens, x.shape[1], alone)
         return out.movedim(-1, 1), states
 
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch, length, heads, dim = x.shape
+    batch, _, heads, dim = x.shape
     groups, state = B.shape[2:]
 
     u = x.to(dtype)
