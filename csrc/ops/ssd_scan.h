@@ -4,7 +4,8 @@
 // i <= t; what came before the chunk arrives through the state alone. So the work is matrix products (common/product.h)
 // of Q / 2 + 2 N multiply-adds per token and element of x, where the recurrence has 3 N multiplies and multiply-adds;
 // C · Bᵀ is shared by the heads of a group. A state is 4 P N bytes (32 KB at P = 64, N = 128) and is read and written
-// once per chunk: the bound is arithmetic. Exponentials are Q / 2 per token and head.
+// once per chunk: the bound is arithmetic. Exponentials are Q / 2 per token and head. A short sequence with a state to
+// read or to write is better off with the recurrence: there the states' memory is the bound, and they need no turning.
 //
 // Decays over a span are exp of the sum of their logarithms over that span, never a quotient of products, so nothing
 // overflows or loses digits however strong a decay is.
@@ -18,7 +19,8 @@ namespace fastlvm::FASTLVM_ISA::ssd {
 
 constexpr int64_t work_worth_sharing = 1 << 22;  // multiply-adds: about 0.1 ms of one core
 constexpr int64_t usual_chunk = 64;
-constexpr int64_t longest_chunk = 128;  // a sequence no longer than this is one chunk
+constexpr int64_t longest_chunk = 128;      // a sequence no longer than this is one chunk
+constexpr int64_t longest_recurrence = 16;  // with states given or wanted
 
 inline int64_t chunk_of(int64_t length) { return length <= longest_chunk ? larger(1, length) : usual_chunk; }
 
@@ -266,6 +268,69 @@ class Block {
   Buffer<T> B_, C_, B_across_, scores_, weights_, steps_, rows_, skip_, turned_;
 };
 
+// Some tokens of one row of a state, h = decay h + input B, and y = C · h.
+template <class V, int Tokens>
+inline void recur(typename V::scalar* h, const typename V::scalar* B, const typename V::scalar* C, int64_t n,
+                  const typename V::scalar* decay, const typename V::scalar* input, typename V::scalar* y, int64_t p) {
+  V sums[Tokens];
+  FASTLVM_UNROLL
+  for (int t = 0; t < Tokens; ++t) sums[t] = V::zero();
+  for (int64_t k = 0; k < n; k += V::width) {
+    V state = V::load(h + k);
+    FASTLVM_UNROLL
+    for (int t = 0; t < Tokens; ++t) {
+      state = V::fma(V::set1(input[t * p]), V::load(B + t * n + k), V::set1(decay[t]) * state);
+      sums[t] = V::fma(V::load(C + t * n + k), state, sums[t]);
+    }
+    state.store(h + k);
+  }
+  FASTLVM_UNROLL
+  for (int t = 0; t < Tokens; ++t) y[t * p] = V::sum(sums[t]);
+}
+
+// A whole short sequence, with the states as they lie in memory.
+template <class V>
+inline void forward_by_recurrence(const SsdScan& in, Block<V>& block) {
+  using T = typename V::scalar;
+  const int64_t tokens = block.length(), n = block.n(), p = block.p();
+  const TensorView& first = in.initial_state;
+  Buffer<T> state(n), decay(block.q());
+  block.read_projections(0, tokens);
+  for (int64_t head = block.first(); head < block.first() + block.count(); ++head) {
+    const int64_t begin = offset_of(first, block.sequence(), head);
+    T* last = given(in.final_state) ? static_cast<T*>(in.final_state.data) : nullptr;
+    if (last) last += (block.sequence() * in.heads + head) * in.dim * in.state;
+    block.read_steps(head, 0, tokens);
+    block.read_inputs(head, 0, tokens);
+    vectors<V>(tokens, [&](int64_t i, int) { exp(V::load(block.log_decay() + i)).store(decay + i); });
+    for (int64_t i = 0; i < in.dim; ++i) {
+      T* const h = state.get();
+      read_row<V>(h, first, begin + i * first.stride[2], first.stride[3], in.state);  // zeros if not given
+      fill_zero(h + in.state, n - in.state);
+      for (int64_t t = 0; t < tokens; t += 4) {
+        const T *const B = block.B() + t * n, *const C = block.C() + t * n, *const input = block.input() + t * p + i;
+        T* const y = block.y() + t * p + i;
+        switch (smaller(4, tokens - t)) {
+          case 1:
+            recur<V, 1>(h, B, C, n, decay + t, input, y, p);
+            break;
+          case 2:
+            recur<V, 2>(h, B, C, n, decay + t, input, y, p);
+            break;
+          case 3:
+            recur<V, 3>(h, B, C, n, decay + t, input, y, p);
+            break;
+          default:
+            recur<V, 4>(h, B, C, n, decay + t, input, y, p);
+        }
+      }
+      if (last) copy(last + i * in.state, h, in.state);
+    }
+    for (int64_t t = 0; t < tokens; ++t) fill_zero(block.y() + t * p + in.dim, p - in.dim);
+    block.write_output(head, 0, tokens);
+  }
+}
+
 template <class V>
 inline void forward(const SsdScan& in) {
   using T = typename V::scalar;
@@ -275,13 +340,12 @@ inline void forward(const SsdScan& in) {
   const Geometry g(in, div_up(wanted_tasks, in.batch * in.groups));
   parallel(g.tasks(in), worth_sharing(in), [&](int64_t task) {
     Block<V> block(in, g, task);
+    const bool has_states = given(in.initial_state) || given(in.final_state);
+    if (has_states && block.length() <= longest_recurrence) return forward_by_recurrence(in, block);
     const int64_t size = block.state_size();
     Buffer<T> states(block.count() * size);
     const bool from_zero = !given(in.initial_state);
-    if (!from_zero)
-      block.read_states(states.get(), in.initial_state);
-    else if (block.length() == 0)
-      fill_zero(states.get(), block.count() * size);
+    if (!from_zero) block.read_states(states.get(), in.initial_state);
     for (int64_t t = 0; t < block.length(); t += block.chunk()) {
       const int64_t tokens = block.tokens(t);
       const bool goes_on = t + tokens < block.length() || given(in.final_state);

@@ -81,12 +81,13 @@ class Ssd:
 
 
 def _grid() -> list[Ssd]:
-    cases = [Ssd(length=n, state=16) for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 64, 65, 128, 129, 257)]
+    cases = [Ssd(length=n, state=16) for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 64, 128, 129, 257)]
     cases += [Ssd(length=9, state=n, dim=p) for n, p in [(1, 1), (5, 16), (16, 5), (64, 64), (128, 1), (1, 128)]]
     cases += [Ssd(batch=1, length=5, heads=2, state=n, dim=p) for n, p in [(300, 5), (5, 300), (128, 64), (33, 17)]]
     cases += [Ssd(length=n, heads=h, groups=g) for n in (6, 130) for h, g in [(4, 1), (4, 4), (6, 3), (9, 1)]]
     cases += [Ssd(options=o) for o in [(), *((name,) for name in ALL)]]
     cases += [Ssd(options=tuple(o for o in ALL if o != name)) for name in ALL]
+    cases += [Ssd(length=n, state=16, options=("z",)) for n in (1, 5, 16, 64, 128)]
     cases += [Ssd(D_per_channel=True), Ssd(length=130, options=()), Ssd(length=130, options=("z",))]
     zeros = ("batch", "heads", "dim", "state")
     cases += [Ssd(**{name: 0}) for name in zeros]
