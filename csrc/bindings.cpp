@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
   read_isa_environment();
 
   bind_ssm_scan(m);
+  bind_ssd_scan(m);
   bind_causal_conv1d(m);
   bind_linear(m);
   bind_ssm_step(m);

@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace fastlvm {
 
 void bind_ssm_scan(py::module_& m);
+void bind_ssd_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_ssm_step(py::module_& m);

@@ -4,6 +4,9 @@
 #include "ops/causal_conv1d.h"
 #include "ops/causal_conv1d_step.h"
 #include "ops/ssd_step.h"
+
+#include "ops/ssd_scan.h"
+#include "ops/ssd_scan_bwd.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
 #include "ops/ssm_step.h"
@@ -20,6 +23,12 @@ inline void ssm_scan(const SsmScan& args) {
 
 inline void ssm_scan_bwd(const SsmScanBwd& args) {
   args.forward.float64 ? ssm::Backward<Double>(args).run() : ssm::Backward<Vec>(args).run();
+}
+
+inline void ssd_scan(const SsdScan& args) { args.float64 ? ssd::forward<Double>(args) : ssd::forward<Vec>(args); }
+
+inline void ssd_scan_bwd(const SsdScanBwd& args) {
+  args.forward.float64 ? ssd::Backward<Double>(args).run() : ssd::Backward<Vec>(args).run();
 }
 
 inline void causal_conv1d(const CausalConv1d& args) {
@@ -43,7 +52,7 @@ inline void ssd_step(const SsdStep& args) {
 }
 
 inline constexpr Kernels kernels = {
-    FASTLVM_TEXT(FASTLVM_ISA), ssm_scan, ssm_scan_bwd,       causal_conv1d, causal_conv1d_bwd,
-    linear::forward,           ssm_step, causal_conv1d_step, ssd_step};
+    FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,        ssm_scan_bwd, ssd_scan,           ssd_scan_bwd, causal_conv1d,
+    causal_conv1d_bwd,         linear::forward, ssm_step,     causal_conv1d_step, ssd_step};
 
 }  // namespace fastlvm::FASTLVM_ISA

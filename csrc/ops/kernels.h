@@ -30,6 +30,27 @@ struct SsmScanBwd {
   TensorView du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state;
 };
 
+// out = (H C + D x) silu(z), H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_tᵀ, dt = softplus(dt + dt_bias), A a scalar per
+// head.
+struct SsdScan {
+  int64_t batch, length, heads, dim, groups, state;  // B, L, H, P, G, N
+  const int64_t* offsets;                            // as in SsmScan
+  bool float64;
+  bool dt_softplus;
+  TensorView x, z, out;                   // [B, L, H, P]
+  TensorView dt;                          // [B, L, H]
+  TensorView A, dt_bias;                  // [H]
+  TensorView B, C;                        // [B, L, G, N], H / G heads a group
+  TensorView D;                           // [H] or [H, P]
+  TensorView initial_state, final_state;  // [B, H, P, N]; the final state contiguous, float32 (float64)
+};
+
+struct SsdScanBwd {
+  SsdScan forward;  // out and final_state are not given
+  TensorView grad_out, grad_final_state;
+  TensorView dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state;
+};
+
 // out_t = activation(bias + Σ_k weight_k x_{t - W + 1 + k})
 struct CausalConv1d {
   int64_t batch, dim, length, width;  // B, D, L, W
@@ -100,6 +121,8 @@ struct Kernels {
   const char* name;
   void (*ssm_scan)(const SsmScan&);
   void (*ssm_scan_bwd)(const SsmScanBwd&);
+  void (*ssd_scan)(const SsdScan&);
+  void (*ssd_scan_bwd)(const SsdScanBwd&);
   void (*causal_conv1d)(const CausalConv1d&);
   void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
   void (*linear)(const Linear&);

@@ -4,16 +4,9 @@
 // inputs alone, never on the number of rows or threads.
 #pragma once
 
+#include "common/inline.h"
 #include "common/rows.h"
 #include "ops/kernels.h"
-
-#if defined(__GNUC__)
-#define FASTLVM_ALWAYS_INLINE [[gnu::always_inline]] inline
-#define FASTLVM_UNROLL _Pragma("GCC unroll 8")
-#else
-#define FASTLVM_ALWAYS_INLINE inline
-#define FASTLVM_UNROLL
-#endif
 
 namespace fastlvm::FASTLVM_ISA::linear {
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ssm_scan": "fastlvm.ops",
+    "ssd_scan": "fastlvm.ops",
     "causal_conv1d": "fastlvm.ops",
     "ssm_step": "fastlvm.ops",
     "causal_conv1d_step": "fastlvm.ops",
