@@ -13,11 +13,19 @@ asan := $(CXX) $(COMMON) -O1 -fsanitize=address,undefined -fno-sanitize-recover=
 tsan := $(CXX) $(COMMON) -O1 -fsanitize=thread -DFASTLVM_TSAN
 arm := $(ARM_CXX) $(COMMON) -O2 -static
 
+vmath := $(CXX) $(COMMON) -O3
+
 # The flags of CMakeLists.txt for the objects of one instruction set.
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 avx2 := -mavx2 -mfma -mf16c
 avx512 := $(avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+ISAS := scalar avx2 avx512
+else
+ISAS := scalar $(if $(filter aarch64 arm64,$(shell uname -m)),neon)
 endif
+vector_neon := -DFASTLVM_VECTOR_NEON
+vector_avx2 := -DFASTLVM_VECTOR_AVX2
+vector_avx512 := -DFASTLVM_VECTOR_AVX512
 
 define build
 $(OUT)/$(1)/%.o: csrc/%.cpp $(HEADERS) tests/csrc/native.mk
@@ -28,7 +36,17 @@ $(OUT)/$(1)/%: tests/csrc/%.cpp $(wildcard tests/csrc/*.h) $(SOURCES:csrc/%.cpp=
 endef
 $(foreach name,asan tsan arm,$(eval $(call build,$(name))))
 
-.PHONY: sanitize asan tsan arm arm-tools arm-run fuzz
+define accuracy
+$(OUT)/$(1)/vmath/%.o: tests/csrc/vmath_functions.cpp tests/csrc/vmath_functions.h $(HEADERS) tests/csrc/native.mk
+	@mkdir -p $$(@D)
+	$$($(1)) $$($$*) $$(vector_$$*) -DFASTLVM_ISA=$$* -c $$< -o $$@
+$(OUT)/$(1)/vmath_accuracy: tests/csrc/vmath_accuracy.cpp $(patsubst %,$(OUT)/$(1)/vmath/%.o,$(2))
+	$$($(1)) $$^ -o $$@
+endef
+$(eval $(call accuracy,vmath,$(ISAS)))
+$(eval $(call accuracy,arm,scalar neon))
+
+.PHONY: sanitize asan tsan arm arm-tools arm-run fuzz vmath
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -54,9 +72,13 @@ arm-tools:
 	@{ command -v $(ARM_CXX) && test -n "$(QEMU)"; } >/dev/null || { echo "test-arm needs $(ARM_CXX) and qemu-aarch64:" \
 	  "install the packages g++-aarch64-linux-gnu and qemu-user-static (Debian, Ubuntu)" >&2; exit 2; }
 
-arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity
+arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/vmath_accuracy
 	$(QEMU) $(OUT)/arm/threads
 	$(QEMU) $(OUT)/arm/isa_parity 150
+	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
 
 fuzz: $(OUT)/asan/fuzz
 	$(OUT)/asan/fuzz $(SECONDS)
+
+vmath: $(OUT)/vmath/vmath_accuracy
+	$<
