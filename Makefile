@@ -6,13 +6,27 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= demo
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test test-sanitize test-arm fuzz bench lint format wheel clean
+NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
+JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The C++ and its native tests under AddressSanitizer, UBSan and ThreadSanitizer; needs g++ alone.
+test-sanitize:
+	+@$(NATIVE) -j$(JOBS) sanitize
+
+# The same tests cross-compiled for AArch64, under qemu; needs g++-aarch64-linux-gnu and qemu-user-static.
+test-arm:
+	+@$(NATIVE) -j$(JOBS) arm
+
+# Random calls of every op under AddressSanitizer for SECONDS on every core.
+fuzz:
+	+@$(NATIVE) -j$(JOBS) fuzz
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only

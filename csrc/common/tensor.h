@@ -12,7 +12,8 @@ enum class DType : uint8_t { none, f16, bf16, f32, f64 };
 
 inline constexpr int max_rank = 4;
 
-// Strides count elements, and may be zero or negative. `dtype == none` says that the array was not given.
+// Strides count elements, and may be zero or negative. `dtype == none` says that the array was not given; one
+// that was has an address, even if it is empty.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::none;

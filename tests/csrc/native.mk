@@ -1,0 +1,84 @@
+# The C++ and its native tests without Python: under the sanitizers, and for AArch64. The Makefile in the root calls
+# this one from the root; it needs make and a compiler.
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= $(firstword $(shell command -v qemu-aarch64-static || command -v qemu-aarch64))
+SECONDS ?= 60
+OUT := build/native
+
+SOURCES := $(wildcard csrc/common/*.cpp csrc/isa/*.cpp)
+HEADERS := $(wildcard csrc/*/*.h)
+COMMON := -std=c++20 -Wall -Wextra -g -Icsrc -pthread
+
+asan := $(CXX) $(COMMON) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DFASTLVM_ASAN
+tsan := $(CXX) $(COMMON) -O1 -fsanitize=thread -DFASTLVM_TSAN
+arm := $(ARM_CXX) $(COMMON) -O2 -static
+
+vmath := $(CXX) $(COMMON) -O3
+
+# The flags of CMakeLists.txt for the objects of one instruction set.
+ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
+avx2 := -mavx2 -mfma -mf16c
+avx512 := $(avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+ISAS := scalar avx2 avx512
+else
+ISAS := scalar $(if $(filter aarch64 arm64,$(shell uname -m)),neon)
+endif
+vector_neon := -DFASTLVM_VECTOR_NEON
+vector_avx2 := -DFASTLVM_VECTOR_AVX2
+vector_avx512 := -DFASTLVM_VECTOR_AVX512
+
+define build
+$(OUT)/$(1)/%.o: csrc/%.cpp $(HEADERS) tests/csrc/native.mk
+	@mkdir -p $$(@D)
+	$$($(1)) $(if $(filter arm,$(1)),,$$($$(notdir $$*))) -c $$< -o $$@
+$(OUT)/$(1)/%: tests/csrc/%.cpp $(wildcard tests/csrc/*.h) $(SOURCES:csrc/%.cpp=$(OUT)/$(1)/%.o)
+	$$($(1)) -include tests/csrc/sanitizers.h $$< $$(filter %.o,$$^) -o $$@
+endef
+$(foreach name,asan tsan arm,$(eval $(call build,$(name))))
+
+define accuracy
+$(OUT)/$(1)/vmath/%.o: tests/csrc/vmath_functions.cpp tests/csrc/vmath_functions.h $(HEADERS) tests/csrc/native.mk
+	@mkdir -p $$(@D)
+	$$($(1)) $$($$*) $$(vector_$$*) -DFASTLVM_ISA=$$* -c $$< -o $$@
+$(OUT)/$(1)/vmath_accuracy: tests/csrc/vmath_accuracy.cpp $(patsubst %,$(OUT)/$(1)/vmath/%.o,$(2))
+	$$($(1)) $$^ -o $$@
+endef
+$(eval $(call accuracy,vmath,$(ISAS)))
+$(eval $(call accuracy,arm,scalar neon))
+
+.PHONY: sanitize asan tsan arm arm-tools arm-run fuzz vmath
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+sanitize: asan tsan
+
+asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity
+	$(OUT)/asan/threads
+	$(OUT)/asan/isa_parity 150
+
+# Where the kernel randomises more address bits than ThreadSanitizer knows of, setarch -R turns that off.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity
+	@$(FIXED_ADDRESSES) $(OUT)/tsan/threads >$(OUT)/tsan/log 2>&1 || { cat $(OUT)/tsan/log >&2; \
+	  ! grep -q 'unexpected memory mapping' $(OUT)/tsan/log || echo "ThreadSanitizer cannot run with this kernel's random" \
+	  "addresses: allow setarch -R (personality) in this container, or set sysctl vm.mmap_rnd_bits=28" >&2; exit 1; }
+	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 150
+
+arm: arm-tools
+	@$(MAKE) --no-print-directory -f tests/csrc/native.mk arm-run
+
+arm-tools:
+	@{ command -v $(ARM_CXX) && test -n "$(QEMU)"; } >/dev/null || { echo "test-arm needs $(ARM_CXX) and qemu-aarch64:" \
+	  "install the packages g++-aarch64-linux-gnu and qemu-user-static (Debian, Ubuntu)" >&2; exit 2; }
+
+arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/vmath_accuracy
+	$(QEMU) $(OUT)/arm/threads
+	$(QEMU) $(OUT)/arm/isa_parity 150
+	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
+
+fuzz: $(OUT)/asan/fuzz
+	$(OUT)/asan/fuzz $(SECONDS)
+
+vmath: $(OUT)/vmath/vmath_accuracy
+	$<

@@ -1,0 +1,249 @@
+// The ops of the Kernels table, each as one function that draws a case and runs it. A new op is one more function and
+// one more line in `ops`.
+#pragma once
+
+#include "cases.h"
+
+namespace fastlvm::test {
+
+// TODO(merge): true once the kernels honour `offsets`.
+constexpr bool packed_sequences = false;
+
+// Sizes of one call: mostly small, sometimes enough to be shared among threads or long with few channels.
+struct Sizes {
+  int64_t batch, dim, length;
+};
+
+inline Sizes draw_sizes(Draws& draw, int64_t width) {
+  switch (draw.pick("kind", {0, 0, 0, 0, 0, 0, 1, 2})) {
+    case 1:  // enough work for several threads
+      return {draw.pick("B large", {1, 2}), draw.pick("D large", {24, 34}),
+              width > 40 ? 33 : draw.pick("L large", {71, 130})};
+    case 2:
+      return {1, draw.pick("D of a long", {1, 2, 6}), draw.pick("L long", {513, 1030})};
+    default:
+      return {draw.pick("B", {0, 1, 1, 2, 3}), draw.pick("D", {0, 1, 2, 4, 6, 17, 18, 33}),
+              draw.pick("L", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70})};
+  }
+}
+
+// The offsets of packed sequences, of which some are empty, in memory of exactly their size; null when not drawn.
+class Offsets {
+ public:
+  Offsets(Draws& draw, Sizes& sizes) : memory_(8 * 5, Memory::heap) {
+    if (!packed_sequences || !draw.coin("packed")) return;
+    const int64_t count = draw.pick("sequences", {0, 1, 2, 4});
+    if (count == 0) sizes.length = 0;
+    given_ = true;
+    sizes.batch = count;
+    std::vector<int64_t> cuts(1, 0);
+    for (int64_t i = 1; i < count; ++i) cuts.push_back(draw.below(sizes.length + 1));
+    if (count > 0) cuts.push_back(sizes.length);
+    std::sort(cuts.begin(), cuts.end());
+    start_ = memory_.data() + memory_.size() - 8 * cuts.size();
+    std::memcpy(start_, cuts.data(), 8 * cuts.size());
+  }
+  const int64_t* get() const { return given_ ? reinterpret_cast<const int64_t*>(start_) : nullptr; }
+  int64_t batch(const Sizes& sizes) const { return given_ ? 1 : sizes.batch; }  // of arrays of time
+
+ private:
+  Memory memory_;
+  unsigned char* start_ = nullptr;
+  bool given_ = false;
+};
+
+// The inputs that ssm_scan and ssm_scan_bwd share.
+struct ScanInputs {
+  int64_t N;
+  Sizes sizes;
+  Offsets offsets;
+  int64_t batch, D, L;
+  bool softplus;
+  Tensor *u, *delta, *z, *A, *B, *C, *skip, *bias, *h0;
+
+  explicit ScanInputs(Case& c)
+      : N(c.draw.pick("N", {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 16, 17, 37, 64, 128, 130})),
+        sizes(draw_sizes(c.draw, N)),
+        offsets(c.draw, sizes),
+        batch(offsets.batch(sizes)),
+        D(sizes.dim),
+        L(sizes.length),
+        softplus(c.draw.coin("softplus")) {
+    const auto positive = [&c] { return 0.02 + c.draw.uniform(); };
+    u = &c.input("u", {batch, D, L});
+    if (softplus)
+      delta = &c.input("delta", {batch, D, L}, [&c] { return c.draw.normal(); }, true);
+    else
+      delta = &c.input("delta", {batch, D, L}, positive);
+    z = c.maybe("z", {batch, D, L});
+    A = &c.input("A", {D, N}, [&c] { return -std::exp(c.draw.normal()); }, true);
+    B = &projection(c, "B"), C = &projection(c, "C");
+    skip = c.maybe("D skip", {D});
+    bias = c.draw.coin("delta_bias") ? &c.input("delta_bias", {D}, positive) : nullptr;
+    h0 = c.maybe("initial_state", {sizes.batch, D, N});
+  }
+
+  Tensor& projection(Case& c, const char* name) const {
+    const int64_t layout = c.draw.pick(std::string(name) + " groups", {0, 1, 2, -1});
+    if (layout == 0) return c.input(name, {D, N});
+    const int64_t groups = layout == 2 && D % 2 == 0 ? 2 : layout == -1 && D > 0 ? D : 1;
+    return c.input(name, {batch, groups, N, L});
+  }
+
+  SsmScan args(const Case& c, Variant v) const {
+    SsmScan args{};
+    args.batch = sizes.batch, args.dim = D, args.length = L, args.state = N;
+    args.offsets = offsets.get();
+    args.float64 = c.wide(v), args.delta_softplus = softplus;
+    args.u = u->view(v), args.delta = delta->view(v), args.z = view(z, v), args.A = A->view(v);
+    args.B = B->view(v), args.C = C->view(v), args.D = view(skip, v), args.delta_bias = view(bias, v);
+    args.initial_state = view(h0, v);
+    return args;
+  }
+};
+
+inline void ssm_scan(Case& c) {
+  const ScanInputs in(c);
+  const Tensor& out = c.output("out", {in.batch, in.D, in.L}, in.u->view(drawn).dtype, c.forward_tolerance);
+  const Tensor* last =
+      c.draw.coin("final_state") ? &c.dense("final_state", {in.sizes.batch, in.D, in.N}, c.forward_tolerance) : nullptr;
+  c.run([&](Variant v) {
+    SsmScan args = in.args(c, v);
+    args.out = out.view(v), args.final_state = view(last, v);
+    c.kernels(v).ssm_scan(args);
+  });
+}
+
+inline void ssm_scan_bwd(Case& c) {
+  const ScanInputs in(c);
+  const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
+  const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.N});
+  const Tensor *du = c.gradient("du", in.u), *dA = c.gradient("dA", in.A);
+  const Tensor* ddelta = c.gradient("ddelta", in.delta, true);
+  const Tensor *dB = c.gradient("dB", in.B), *dC = c.gradient("dC", in.C), *dD = c.gradient("dD", in.skip);
+  const Tensor *dz = c.gradient("dz", in.z), *ddelta_bias = c.gradient("ddelta_bias", in.bias, true);
+  const Tensor* dinitial = c.gradient("dinitial_state", in.h0);
+  c.run([&](Variant v) {
+    SsmScanBwd args{};
+    args.forward = in.args(c, v);
+    args.grad_out = view(grad_out, v), args.grad_final_state = view(grad_last, v);
+    args.du = view(du, v), args.ddelta = view(ddelta, v), args.dA = view(dA, v), args.dB = view(dB, v);
+    args.dC = view(dC, v), args.dD = view(dD, v), args.dz = view(dz, v), args.ddelta_bias = view(ddelta_bias, v);
+    args.dinitial_state = view(dinitial, v);
+    c.kernels(v).ssm_scan_bwd(args);
+  });
+}
+
+struct ConvInputs {
+  int64_t W;
+  Sizes sizes;
+  Offsets offsets;
+  int64_t batch, D, L;
+  bool silu;
+  Tensor *x, *weight, *bias, *h0;
+
+  explicit ConvInputs(Case& c)
+      : W(c.draw.pick("W", {1, 2, 3, 4, 5, 9, 18})),
+        sizes(draw_sizes(c.draw, W)),
+        offsets(c.draw, sizes),
+        batch(offsets.batch(sizes)),
+        D(sizes.dim),
+        L(sizes.length),
+        silu(c.draw.coin("silu")) {
+    if (L > 70) D *= 13;  // work that is shared
+    x = &c.input("x", {batch, D, L});
+    weight = &c.input("weight", {D, W});
+    bias = c.maybe("bias", {D});
+    h0 = c.maybe("initial_state", {sizes.batch, D, W - 1});
+  }
+
+  CausalConv1d args(const Case& c, Variant v) const {
+    CausalConv1d args{};
+    args.batch = sizes.batch, args.dim = D, args.length = L, args.width = W;
+    args.offsets = offsets.get();
+    args.float64 = c.wide(v), args.silu = silu;
+    args.x = x->view(v), args.weight = weight->view(v), args.bias = view(bias, v), args.initial_state = view(h0, v);
+    return args;
+  }
+};
+
+inline void causal_conv1d(Case& c) {
+  const ConvInputs in(c);
+  const DType dtype = in.x->view(drawn).dtype;
+  const Tensor& out = c.output("out", {in.batch, in.D, in.L}, dtype, c.forward_tolerance);
+  const Tensor* last =
+      c.draw.coin("final_state") ? &c.output("final_state", {in.sizes.batch, in.D, in.W - 1}, dtype, 0) : nullptr;
+  c.run([&](Variant v) {
+    CausalConv1d args = in.args(c, v);
+    args.out = out.view(v), args.final_state = view(last, v);
+    c.kernels(v).causal_conv1d(args);
+  });
+}
+
+inline void causal_conv1d_bwd(Case& c) {
+  const ConvInputs in(c);
+  const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
+  const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.W - 1});
+  const Tensor *dx = c.gradient("dx", in.x), *dweight = c.gradient("dweight", in.weight);
+  const Tensor *dbias = c.gradient("dbias", in.bias), *dinitial = c.gradient("dinitial_state", in.h0);
+  c.run([&](Variant v) {
+    CausalConv1dBwd args{};
+    args.forward = in.args(c, v);
+    args.grad_out = view(grad_out, v), args.grad_final_state = view(grad_last, v);
+    args.dx = view(dx, v), args.dweight = view(dweight, v), args.dbias = view(dbias, v);
+    args.dinitial_state = view(dinitial, v);
+    c.kernels(v).causal_conv1d_bwd(args);
+  });
+}
+
+// float32 alone, so its truth is summed here.
+inline void linear(Case& c) {
+  const int64_t rows = c.draw.pick("rows", {0, 1, 2, 3, 4, 5, 6, 13});
+  const int64_t inputs = c.draw.pick("inputs", {0, 1, 7, 8, 16, 33, 300, 1100});
+  const int64_t outputs = c.draw.pick("outputs", {0, 1, 2, 3, 4, 31, 70, 350});
+  const Tensor& x = c.plain_input("x", {rows, inputs});
+  const Tensor& weight = c.plain_input("weight", {outputs, inputs});
+  const Tensor& y = c.dense("y", {rows, outputs}, c.forward_tolerance);
+  c.run([&](Variant v) {
+    const TensorView &a = x.view(v), &b = weight.view(v), &out = y.view(v);
+    if (v == drawn) {
+      c.kernels(v).linear({rows, inputs, outputs, static_cast<const float*>(a.data), static_cast<const float*>(b.data),
+                           static_cast<float*>(out.data)});
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t o = 0; o < outputs; ++o) {
+        double sum = 0;
+        for (int64_t i = 0; i < inputs; ++i) sum += get(a, r * inputs + i) * get(b, o * inputs + i);
+        put(out, r * outputs + o, sum);
+      }
+  });
+}
+
+struct Op {
+  const char* name;
+  void (*run)(Case&);
+  bool float64 = true;  // has a float64 form
+};
+
+// To come with their kernels: ssm_step, causal_conv1d_step, ssd_scan, ssd_scan_bwd, ssd_step.
+inline const Op ops[] = {{"ssm_scan", ssm_scan},
+                         {"ssm_scan_bwd", ssm_scan_bwd},
+                         {"causal_conv1d", causal_conv1d},
+                         {"causal_conv1d_bwd", causal_conv1d_bwd},
+                         {"linear", linear, false}};
+
+// Empty, or what is wrong, in one line with what was drawn; `worst` gets the error as a part of what is allowed.
+inline std::string run_case(const Op& op, const Kernels& kernels, uint64_t seed, double& worst, Coverage* coverage) {
+  Case c(kernels, seed, op.float64, coverage);
+  try {
+    op.run(c);
+  } catch (const Failure& failure) {
+    return std::string(op.name) + " " + kernels.name + " " + std::to_string(seed) + ": " + failure.what() + "  (" +
+           c.draw.text() + ")";
+  }
+  worst = std::max(worst, c.worst());
+  return "";
+}
+
+}  // namespace fastlvm::test

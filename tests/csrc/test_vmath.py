@@ -1,0 +1,28 @@
+"""The vector functions stay within their bounds of float64 on every instruction set that runs here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="make and its shell")
+def test_every_float_of_the_range_is_within_the_bound(tmp_path):
+    """exp over every float from -104 to 89 and the others over every 11th of their range; both beyond it by samples."""
+    compiler = os.environ.get("CXX", "g++")
+    missing = [tool for tool in ("make", compiler) if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not found")
+    program = tmp_path / "vmath/vmath_accuracy"
+    make = ["make", "-f", "tests/csrc/native.mk", "-j2", f"OUT={tmp_path}", f"CXX={compiler}", program]
+    built = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program, "quick"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("exp ") >= 1
