@@ -127,7 +127,7 @@ def _recorded(*names: str) -> Iterator[list[tuple[Callable[..., Any], tuple, dic
 
     def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            calls.append((function, args, named))
+            calls.append((function, *_plain(args, named)))
             return function(*args, **named)
 
         return call
@@ -139,6 +139,15 @@ def _recorded(*names: str) -> Iterator[list[tuple[Callable[..., Any], tuple, dic
     finally:
         for name, function in before.items():
             setattr(_C, name, function)
+
+
+def _plain(args: tuple, named: dict) -> tuple[tuple, dict]:
+    """The same memory without an autograd history, which the extension does not take."""
+
+    def plain(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x
+
+    return tuple(map(plain, args)), {name: plain(x) for name, x in named.items()}
 
 
 def bounds(case: Scan, found: dict[str, Bound], threads: Sequence[int]) -> list[Contender]:
@@ -176,16 +185,16 @@ def rivals_of(checked: Checked) -> tuple[list[Contender], dict[str, str]]:
         if scan is None:
             reasons[rival.name] = reason or ""
             continue
-        decisive = rival.name == rivals.REFERENCE
-        made = [Contender(rival.name, checked.call(scan), n, BEST, decisive=decisive) for n in checked.threads]
+        made = [Contender(rival.name, checked.call(scan), n, BEST) for n in checked.threads]
+        made[-1].decisive = rival.name in (rivals.REFERENCE, rivals.COMPILED)
         error = checked.difference(made[-1].trial())
-        if decisive:
+        if rival.name == rivals.REFERENCE:
             assert error <= (GRADIENT if checked.case.gradient else FORWARD)
         elif error > RIVAL:
             reasons[rival.name] = f"its result is {error:.1g} away from ours, relative"
             continue
         for one in made:
-            if rival.name == "torch.compile":
+            if rival.name == rivals.COMPILED:
                 one.trial()  # compiles for this number of threads
                 one.trial()
             else:

@@ -92,7 +92,7 @@ def _mambapy() -> ScanCall:
     return scan
 
 
-REFERENCE = "reference"
+REFERENCE, COMPILED = "reference", "torch.compile"
 RIVALS = (
     Rival(
         REFERENCE,
@@ -101,7 +101,7 @@ RIVALS = (
         (1.5, 5),
     ),
     Rival(
-        "torch.compile",
+        COMPILED,
         "the same loop under torch.compile(fullgraph=True, dynamic=False), compiled before for each number of threads",
         _compiled,
         (1.5, 5),
