@@ -15,8 +15,8 @@ from fastlvm import _C
 
 # After a call, while the threads of whoever made it still spin.
 _SETTLE = 0.01
-# Untimed calls before a timed one: they wake the threads, raise the clock and warm the caches.
-_WARM = 0.001
+# Untimed calls before a timed one of less than _LONG: they wake the threads, raise the clock and warm the caches.
+_WARM, _LONG = 0.001, 0.05
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Contender:
         """Give torch and the kernels this contender's threads and instruction set, and let the caches warm up."""
         pin(self.threads, self.isa)
         time.sleep(_SETTLE)
-        if self.expected < 1:
+        if self.expected < _LONG:
             start = time.perf_counter()
             while True:
                 self.call()
