@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RIVALS := $(VENV)/.rivals
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
-
-.PHONY: demo test test-sanitize test-arm fuzz bench lint format wheel clean
+BENCH ?=
 NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-sanitize test-arm fuzz bench lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
@@ -28,19 +31,22 @@ test-arm:
 fuzz:
 	+@$(NATIVE) -j$(JOBS) fuzz
 
+# The kernel benches compare with packages of the `bench` extra; one that cannot be installed has its row say so.
 bench: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only
+	@test $(RIVALS) -nt $(READY) || { $(INSTALL) --no-build-isolation --editable ".[dev,bench]" && touch $(RIVALS); } \
+	  || echo "the packages to compare with could not be installed: their rows will say that they are missing" >&2
+	$(BIN)/python -m pytest bench --benchmark-only --bench-results bench/results $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*) bench/bound.cpp
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*) bench/bound.cpp
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -54,6 +60,6 @@ $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (python3-venv on Debian and Ubuntu)" >&2; exit 2; }
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "a C++ compiler is missing: install g++ or clang++, or name one with CXX=..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(INSTALL) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	$(INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@

@@ -1,4 +1,7 @@
-"""Collects bench_*.py, times calls with their percentiles, and says on which machine it ran."""
+"""Collects bench_*.py, times calls with their percentiles, and says on which machine it ran.
+
+The rows of the kernel benches are printed as tables at the end, and kept where --bench-results says.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,23 @@ import numpy as np
 import pytest
 
 import fastlvm
+import table
 from fastlvm.evaluation.latency import machine
+from fastlvm.files import atomic_file, write_json
+from paired import Plan
+from results import Results
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+RESULTS = pytest.StashKey[Results]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastlvm")
+    group.addoption("--bench-rounds", type=int, default=30, help="rounds of a call below a second")
+    group.addoption("--bench-patience", type=float, default=6.0, help="seconds for a rival of longer calls")
+    group.addoption(
+        "--bench-results", type=Path, help="folder to keep the tables of a whole run in, as JSON and Markdown"
+    )
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -24,6 +41,24 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    plan = Plan(rounds=config.getoption("--bench-rounds"), patience=config.getoption("--bench-patience"))
+    config.stash[RESULTS] = Results(plan, sorted({1, min(2, fastlvm.get_num_threads())}))
+
+
+@pytest.fixture(scope="session")
+def plan(request: pytest.FixtureRequest) -> Plan:
+    return request.config.stash[RESULTS].plan
+
+
+@pytest.fixture(scope="session")
+def threads(request: pytest.FixtureRequest) -> list[int]:
+    """The numbers of threads the kernels are timed on: 1, and 2 where there are as many."""
+    return request.config.stash[RESULTS].threads
+
+
+@pytest.fixture(scope="session")
+def rows(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[RESULTS]
 
 
 @pytest.fixture
@@ -47,6 +82,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    _kernels(terminalreporter, config.stash[RESULTS], config.getoption("--bench-results"))
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -57,3 +93,22 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         figures = "".join(f"{row[name]:>10.3f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
         terminalreporter.write_line(f"{row['name']:<{width}}{figures}{row['calls']:>8}")
     terminalreporter.write_line(f"{rows[0]['machine']}; kernel threads: {rows[0]['threads']}")
+
+
+def _kernels(terminalreporter: Any, results: Results, folder: Path | None) -> None:
+    """Print the tables of the kernel benches, and keep those of a whole run."""
+    if not results.rows:
+        return
+    data = results.data()
+    terminalreporter.section("kernels")
+    terminalreporter.write_line(table.markdown(data))
+    if folder is None:
+        return
+    if not results.complete():
+        terminalreporter.write_line(f"not written to {folder}: some of the shapes have not been timed")
+        return
+    name = f"kernels-{data['isa']}-{data['threads'][-1]}-threads"
+    write_json(folder / f"{name}.json", data)
+    with atomic_file(folder / f"{name}.md") as temporary:
+        temporary.write_text(table.markdown(data), encoding="utf-8")
+    terminalreporter.write_line(f"written to {folder / name}.json and .md")

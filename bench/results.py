@@ -1,0 +1,85 @@
+"""What a run of the kernel benches leaves: rows of figures with the machine they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from bound import Work, compiler
+from cases import CONVS, SCANS, Conv, Scan
+from contenders import BEST, ISAS, TIMED
+from fastlvm.evaluation.latency import machine
+from paired import Contender, Plan
+from rivals import versions
+
+
+class Results:
+    """Filled by the benches; `data()` is what goes to the JSON file and what table.py and plot.py read."""
+
+    def __init__(self, plan: Plan, threads: Sequence[int]) -> None:
+        self.plan, self.threads = plan, list(threads)
+        self.began = datetime.now(timezone.utc)
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        self.cases: dict[str, dict[str, Any]] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, case: Scan | Conv, contenders: Sequence[Contender]) -> None:
+        described = {"op": case.op, "title": case.title, "shape": case.shape, "gradient": case.gradient}
+        if isinstance(case, Scan):
+            work = Work.of(case)
+            described |= {"exps": work.exps, "megabytes": work.megabytes}
+        self.cases.setdefault(case.id, {}).update(described)
+        for one in contenders:
+            if one.seconds:  # none with --benchmark-disable
+                self.rows.append({"case": case.id, "name": one.name, "isa": one.isa, **_figures(one)})
+
+    def refuse(self, case: Scan, reasons: Mapping[str, str]) -> None:
+        self.rows += [{"case": case.id, "name": name, "reason": reason} for name, reason in reasons.items()]
+
+    def memory(self, case: Scan, found: Mapping[str, Any]) -> None:
+        self.cases[case.id]["memory"] = dict(found)
+
+    def complete(self) -> bool:
+        """Whether every case has been timed."""
+        return {row["case"] for row in self.rows} >= {case.id for case in (*SCANS, *CONVS)}
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "date": self.began.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "load": self.load,
+            "isas": ISAS,
+            "isa": BEST,
+            "threads": self.threads,
+            "rounds": self.plan.rounds,
+            "versions": {"python": platform.python_version(), **versions(), "compiler": _compiler()},
+            "timed": TIMED,
+            "cases": self.cases,
+            "rows": self.rows,
+        }
+
+
+def _figures(one: Contender) -> dict[str, Any]:
+    p10, p50, p90 = np.percentile(one.seconds, [10, 50, 90]) * 1e3
+    return {
+        "threads": one.threads,
+        "rounds": len(one.seconds),
+        "median_ms": float(p50),
+        "p10_ms": float(p10),
+        "p90_ms": float(p90),
+    }
+
+
+def _compiler() -> str:
+    """The first line of what the compiler says of itself."""
+    command = compiler()
+    if command is None:
+        return "missing"
+    done = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or ["unknown"])[0]
