@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/causal_conv1d.h"
+#include "ops/causal_conv1d_bwd.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
 #include "predictor/linear.h"
