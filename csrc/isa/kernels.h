@@ -2,11 +2,11 @@
 #pragma once
 
 #include "ops/causal_conv1d.h"
+#include "ops/causal_conv1d_bwd.h"
 #include "ops/causal_conv1d_step.h"
-#include "ops/ssd_step.h"
-
 #include "ops/ssd_scan.h"
 #include "ops/ssd_scan_bwd.h"
+#include "ops/ssd_step.h"
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
 #include "ops/ssm_step.h"
