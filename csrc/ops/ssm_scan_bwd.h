@@ -170,6 +170,7 @@ FASTLVM_INLINE void there_and_back_short(const GradRows<V>& rows, V a, V g, V& s
 template <class V>
 inline void sum_lanes(const typename V::scalar* rows, typename V::scalar* out, int64_t length) {
   constexpr int W = V::width;
+  if constexpr (W == 1) return copy(out, rows, length);
   int64_t t = 0;
   for (; t + W <= length; t += W) {
     V square[W];

@@ -322,8 +322,9 @@ def test_opcheck(op, case, lengths):
     inputs = _inputs(case, lengths)
     forward, backward, args = _raw(op, inputs)
     leaves = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-    torch.library.opcheck(forward, leaves)
-    cotangents = _cotangents(forward(*args))
+    state = [True] if op is fastlvm.ssm_scan else []  # return_final_state
+    torch.library.opcheck(forward, (*leaves, *state))
+    cotangents = _cotangents(forward(*args, *state))
     wanted = [a is not None for a in args[:-1] if not isinstance(a, bool)]
     torch.library.opcheck(backward, (*cotangents, *args, wanted))
 

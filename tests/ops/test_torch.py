@@ -58,7 +58,8 @@ def _raw(op, case, dtype=torch.float32):
 @pytest.mark.parametrize(("op", "case"), OPS, ids=_id)
 def test_opcheck(op, case):
     forward, _, args = _raw(op, case)
-    torch.library.opcheck(forward, args)
+    for state in [(True,), (False,)] if op is fastlvm.ssm_scan else [()]:  # return_final_state
+        torch.library.opcheck(forward, (*args, *state))
 
 
 @pytest.mark.parametrize(("op", "case"), [OPS[0], OPS[2], (fastlvm.causal_conv1d, CONVS[0])], ids=_id)
@@ -75,7 +76,7 @@ def test_opcheck_with_strides():
     forward, _, args = _raw(fastlvm.ssm_scan, Scan())
     args[0] = args[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     args[1] = args[1].detach()[:, :1].expand(-1, 4, -1)
-    torch.library.opcheck(forward, args)
+    torch.library.opcheck(forward, (*args, True))
 
 
 def _flat(op, case):

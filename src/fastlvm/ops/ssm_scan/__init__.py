@@ -63,7 +63,7 @@ def ssm_scan(
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
     _check(*args)
     _checks.check_flag(_OP, "return_final_state", return_final_state)
-    out, final_state = dispatch.choose(_OP, backend, args).run(*args)
+    out, final_state = dispatch.choose(_OP, backend, args).run(*args, bool(return_final_state))
     return (out, final_state) if return_final_state else out
 
 

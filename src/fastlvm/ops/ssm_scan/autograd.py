@@ -21,22 +21,23 @@ _INPUTS = (
 _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-    out, final_state = _empty(u, A, cu_seqlens)
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state):
+    out, final_state = _empty(u, A, cu_seqlens, return_final_state)
     tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
     offsets = _autograd.offsets(cu_seqlens)
-    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, final_state, offsets)
+    last = final_state if return_final_state else None
+    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, last, offsets)
     return out, final_state
 
 
-def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-    return _empty(u, A, cu_seqlens)
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state):
+    return _empty(u, A, cu_seqlens, return_final_state)
 
 
-def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    sequences = _autograd.sequences(u, cu_seqlens)
-    final_state = u.new_empty((sequences, *A.shape), dtype=_autograd.state_dtype(u))
-    return torch.empty_like(u), final_state  # [B, D, L] laid out as u is, [B or S, D, N]
+def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """[B, D, L] laid out as u is, and [B or S, D, N]: an empty tensor stands for a state nobody wants."""
+    shape = (_autograd.sequences(u, cu_seqlens), *A.shape) if return_final_state else (0,)
+    return torch.empty_like(u), u.new_empty(shape, dtype=_autograd.state_dtype(u))
 
 
 def _scan_bwd(grad_out, grad_final_state, *args):
@@ -59,7 +60,7 @@ def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | N
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state, cu_seqlens = inputs
+    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, _ = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
@@ -72,7 +73,7 @@ def _backward(ctx, grad_out, grad_final_state):
     if grad_out is not None or grad_final_state is not None:
         args = (*tensors, ctx.delta_softplus, initial_state, cu_seqlens, wanted)
         grads = _autograd.or_none(ssm_scan_bwd(grad_out, grad_final_state, *args), wanted)
-    return (*grads[:8], None, grads[8], None)
+    return (*grads[:8], None, grads[8], None, None)
 
 
 def _save_bwd(ctx, inputs, output):
@@ -94,7 +95,7 @@ def _double_backward(ctx, *cotangents):
 
 ssm_scan = _autograd.define(
     "ssm_scan",
-    f"({_INPUTS}) -> (Tensor, Tensor)",
+    f"({_INPUTS}, bool return_final_state) -> (Tensor, Tensor)",
     cpu=_scan,
     fake=_fake,
     setup_context=_save,

@@ -17,6 +17,7 @@ def supports(u: Any, *args: Any) -> tuple[bool, str]:
 
 
 def run(*args: Any) -> tuple[Any, Any]:
+    """`args` end with whether the final state is wanted; if not, what stands in its place means nothing."""
     if _arrays.kind(args[0]) == "torch":
         from fastlvm.ops.ssm_scan import autograd
 
@@ -25,8 +26,8 @@ def run(*args: Any) -> tuple[Any, Any]:
     return _scan(np.empty_like(aligned[0], subok=False), *aligned)
 
 
-def scan_last(*args: Any, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs of the last tokens alone, [B, D, outputs] for 0 <= `outputs` <= L, and the final state [B, D, N].
+def scan_last(*args: Any, outputs: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Outputs of the last tokens alone, [B, D, outputs] for 0 <= `outputs` <= L, and the final state [B, D, N] or None.
 
     `args` are those of `run`, aligned numpy arrays with no `cu_seqlens` among them; the extension checks them.
 
@@ -37,11 +38,13 @@ def scan_last(*args: Any, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return _scan(np.empty_like(u, shape=(*u.shape[:2], outputs), subok=False), *args)
 
 
-def _scan(out: np.ndarray, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+def _scan(out: np.ndarray, *args: Any) -> tuple[np.ndarray, np.ndarray | None]:
     from fastlvm import _C
 
-    u, _, A, *_, cu_seqlens = args
-    sequences = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
-    final_state = np.empty((sequences, *A.shape), np.float64 if u.dtype == np.float64 else np.float32)
-    _C.ssm_scan(*args[:-1], out, final_state, cu_seqlens)
+    u, _, A, *_, cu_seqlens, return_final_state = args
+    final_state = None
+    if return_final_state:
+        sequences = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
+        final_state = np.empty((sequences, *A.shape), np.float64 if u.dtype == np.float64 else np.float32)
+    _C.ssm_scan(*args[:-2], out, final_state, cu_seqlens)
     return out, final_state

@@ -23,9 +23,10 @@ __all__ = ["describe", "run", "scan", "supports"]
 
 
 def run(*args: Any) -> tuple[Any, ...]:
+    *inputs, _ = args  # the final state comes for nothing
     if _arrays.kind(args[0]) == "numpy":
-        return _arrays.through_torch(scan, *args)
-    return scan(*args)
+        return _arrays.through_torch(scan, *inputs)
+    return scan(*inputs)
 
 
 def scan(
