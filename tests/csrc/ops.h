@@ -1,12 +1,13 @@
 // The ops of the Kernels table, each as one function that draws a case and runs it. A new op is one more function and
-// one more line in `ops`.
+// one more line in `ops`. Truth is the float64 form of the same source, so a wrong formula is wrong in both: tests/ops
+// holds the formulas.
 #pragma once
 
 #include "cases.h"
 
 namespace fastlvm::test {
 
-// TODO(merge): true once the kernels honour `offsets`.
+// Whether the kernels honour `offsets`.
 constexpr bool packed_sequences = false;
 
 // Sizes of one call: mostly small, sometimes enough to be shared among threads or long with few channels.

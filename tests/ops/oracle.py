@@ -30,7 +30,7 @@ def ssm_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=
         if D is not None:
             y = y + u[:, d] * D[d]
         if z is not None:
-            y = y * z[:, d] / (1 + torch.exp(-z[:, d]))
+            y = y * z[:, d] * torch.sigmoid(z[:, d])
         rows.append(y)
         states.append(h)
     if not channels:
