@@ -4,8 +4,8 @@
 // i <= t; what came before the chunk arrives through the state alone. So the work is matrix products (common/product.h)
 // of Q / 2 + 2 N multiply-adds per token and element of x, where the recurrence has 3 N multiplies and multiply-adds;
 // C · Bᵀ is shared by the heads of a group. A state is 4 P N bytes (32 KB at P = 64, N = 128) and is read and written
-// once per chunk: the bound is arithmetic. Exponentials are Q / 2 per token and head. A short sequence with a state to
-// read or to write is better off with the recurrence: there the states' memory is the bound, and they need no turning.
+// once per chunk: the bound is arithmetic. Exponentials are Q / 2 per token and head. A short sequence from a given
+// state is better off with the recurrence: reading and writing the states is the bound, and they need no turning round.
 //
 // Decays over a span are exp of the sum of their logarithms over that span, never a quotient of products, so nothing
 // overflows or loses digits however strong a decay is.
@@ -19,8 +19,8 @@ namespace fastlvm::FASTLVM_ISA::ssd {
 
 constexpr int64_t work_worth_sharing = 1 << 22;  // multiply-adds: about 0.1 ms of one core
 constexpr int64_t usual_chunk = 64;
-constexpr int64_t longest_chunk = 128;      // a sequence no longer than this is one chunk
-constexpr int64_t longest_recurrence = 16;  // with states given or wanted
+constexpr int64_t longest_chunk = 128;     // a sequence no longer than this is one chunk
+constexpr int64_t longest_recurrence = 8;  // from a given state
 
 inline int64_t chunk_of(int64_t length) { return length <= longest_chunk ? larger(1, length) : usual_chunk; }
 
@@ -288,7 +288,7 @@ inline void recur(typename V::scalar* h, const typename V::scalar* B, const type
   for (int t = 0; t < Tokens; ++t) y[t * p] = V::sum(sums[t]);
 }
 
-// A whole short sequence, with the states as they lie in memory.
+// A whole short sequence from a given state, with the states as they lie in memory.
 template <class V>
 inline void forward_by_recurrence(const SsdScan& in, Block<V>& block) {
   using T = typename V::scalar;
@@ -305,7 +305,7 @@ inline void forward_by_recurrence(const SsdScan& in, Block<V>& block) {
     vectors<V>(tokens, [&](int64_t i, int) { exp(V::load(block.log_decay() + i)).store(decay + i); });
     for (int64_t i = 0; i < in.dim; ++i) {
       T* const h = state.get();
-      read_row<V>(h, first, begin + i * first.stride[2], first.stride[3], in.state);  // zeros if not given
+      read_row<V>(h, first, begin + i * first.stride[2], first.stride[3], in.state);
       fill_zero(h + in.state, n - in.state);
       for (int64_t t = 0; t < tokens; t += 4) {
         const T *const B = block.B() + t * n, *const C = block.C() + t * n, *const input = block.input() + t * p + i;
@@ -340,12 +340,14 @@ inline void forward(const SsdScan& in) {
   const Geometry g(in, div_up(wanted_tasks, in.batch * in.groups));
   parallel(g.tasks(in), worth_sharing(in), [&](int64_t task) {
     Block<V> block(in, g, task);
-    const bool has_states = given(in.initial_state) || given(in.final_state);
-    if (has_states && block.length() <= longest_recurrence) return forward_by_recurrence(in, block);
     const int64_t size = block.state_size();
-    Buffer<T> states(block.count() * size);
     const bool from_zero = !given(in.initial_state);
-    if (!from_zero) block.read_states(states.get(), in.initial_state);
+    if (!from_zero && block.length() <= longest_recurrence) return forward_by_recurrence(in, block);
+    Buffer<T> states(block.count() * size);
+    if (!from_zero)
+      block.read_states(states.get(), in.initial_state);
+    else if (block.length() == 0)
+      fill_zero(states.get(), block.count() * size);
     for (int64_t t = 0; t < block.length(); t += block.chunk()) {
       const int64_t tokens = block.tokens(t);
       const bool goes_on = t + tokens < block.length() || given(in.final_state);
