@@ -60,13 +60,15 @@ def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | N
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, _ = inputs
+    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, ctx.return_final_state = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_final_state):
     *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+    if not ctx.return_final_state:
+        grad_final_state = None
     needs = ctx.needs_input_grad
     wanted = [*needs[:8], needs[9]]
     grads: list[Tensor | None] = [None] * 9
