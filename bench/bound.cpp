@@ -31,7 +31,7 @@ const struct alignas(64) Values {
 
 inline Vec at(const float* values, int64_t i) { return Vec::load(values + i * Vec::width); }
 
-// A step of the forward pass: h = exp(δ A) h + δ u B, y += C h. From a zero state there is no exp and no old h.
+// A step of the forward pass: h = exp2(δ A) h + δ u B, y += C h. From a zero state there is no exp and no old h.
 template <bool From_zero>
 Vec forward(int64_t vectors) {
   Vec h[chains], y[chains];
@@ -40,7 +40,7 @@ Vec forward(int64_t vectors) {
     const Vec d = at(v.delta, t & (period - 1)), u = at(v.input, t & (period - 1));
     for (int k = 0; k < chains; ++k) {
       const Vec in = u * at(v.B, k);
-      h[k] = From_zero ? in : Vec::fma(exp(d * at(v.A, k)), h[k], in);
+      h[k] = From_zero ? in : Vec::fma(exp2(d * at(v.A, k)), h[k], in);
       y[k] = Vec::fma(at(v.C, k), h[k], y[k]);
     }
   }
@@ -56,7 +56,7 @@ Vec backward(int64_t vectors) {
     const Vec d = at(v.delta, t & (period - 1)), u = at(v.input, t & (period - 1));
     for (int k = 0; k < chains; ++k) {
       const Vec A = at(v.A, k), B = at(v.B, k), C = at(v.C, k), in = u * B;
-      const Vec decay = From_zero ? Vec::zero() : exp(d * A), old = h[k];
+      const Vec decay = From_zero ? Vec::zero() : exp2(d * A), old = h[k];
       h[k] = From_zero ? in : Vec::fma(decay, old, in);
       y = Vec::fma(C, h[k], y);
       dh[k] = Vec::fma(C, d, dh[k]);  // δ stands for the gradient of y

@@ -31,9 +31,12 @@ def define(
     return getattr(torch.ops.fastlvm, name).default
 
 
-def plain(x: Tensor | None) -> Tensor | None:
-    """The tensor as DLPack lends it: without its autograd history."""
-    return None if x is None else x.detach()
+def plain(x: Tensor | None) -> Any:
+    """The tensor's memory for the extension, without its autograd history: a numpy view is quicker than DLPack."""
+    if x is None:
+        return None
+    x = x.detach()
+    return x if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def offsets(cu_seqlens: Tensor | None) -> Any:

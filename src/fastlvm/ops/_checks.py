@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,23 @@ def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> N
 
 
 def _plain(x: Any, first: Any) -> bool:
-    """Whether both are numpy arrays of native floats that go together. The checks below cost microseconds each."""
+    """Whether both are arrays of native floats that go together. The checks below cost microseconds each."""
     if type(x) is not np.ndarray or type(first) is not np.ndarray:
-        return False
+        return _plain_tensors(x, first)
     dtype, wanted = x.dtype, first.dtype  # one object per native dtype, but for the odd copy
     if dtype is _SINGLE or dtype is _HALF:
         return wanted is _SINGLE or wanted is _HALF
     return dtype is _DOUBLE and wanted is _DOUBLE
+
+
+def _plain_tensors(x: Any, first: Any) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not (isinstance(x, torch.Tensor) and isinstance(first, torch.Tensor)):
+        return False
+    if x.is_nested or x.layout is not torch.strided or x.device != first.device:
+        return False
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return (x.dtype in narrow and first.dtype in narrow) or x.dtype == first.dtype == torch.float64
 
 
 def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:

@@ -22,7 +22,7 @@ def _conv(x, weight, bias, silu, initial_state, cu_seqlens):
     out, final_state = _outputs(x, weight, bias, silu, initial_state, cu_seqlens)
     tensors = [_autograd.plain(t) for t in (x, weight, bias)]
     offsets = _autograd.offsets(cu_seqlens)
-    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), out, final_state, offsets)
+    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), *map(_autograd.plain, (out, final_state)), offsets)
     return out, final_state
 
 
@@ -36,7 +36,7 @@ def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, 
     inputs = (x, weight, bias, initial_state)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *buffers, _autograd.offsets(cu_seqlens))
+    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *map(_autograd.plain, buffers), _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
 
 

@@ -26,7 +26,7 @@ def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens,
     tensors = [_autograd.plain(t) for t in (x, dt, A, B, C, D, z, dt_bias)]
     last = final_state if return_final_state else None
     offsets = _autograd.offsets(cu_seqlens)
-    _C.ssd_scan(*tensors, dt_softplus, _autograd.plain(initial_state), out, last, offsets)
+    _C.ssd_scan(*tensors, dt_softplus, _autograd.plain(initial_state), *map(_autograd.plain, (out, last)), offsets)
     return out, final_state
 
 
@@ -44,7 +44,7 @@ def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, dt_softplus, cu_seqlens, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.ssd_scan_bwd(*plain[:-1], dt_softplus, plain[-1], *buffers, _autograd.offsets(cu_seqlens))
+    _C.ssd_scan_bwd(*plain[:-1], dt_softplus, plain[-1], *map(_autograd.plain, buffers), _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
 
 

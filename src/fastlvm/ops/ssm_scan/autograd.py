@@ -26,7 +26,7 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu
     tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
     offsets = _autograd.offsets(cu_seqlens)
     last = final_state if return_final_state else None
-    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), out, last, offsets)
+    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), *map(_autograd.plain, (out, last)), offsets)
     return out, final_state
 
 
@@ -44,7 +44,9 @@ def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, cu_seqlens, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted)
     plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.ssm_scan_bwd(*plain[:-1], delta_softplus, plain[-1], *buffers, _autograd.offsets(cu_seqlens))
+    _C.ssm_scan_bwd(
+        *plain[:-1], delta_softplus, plain[-1], *map(_autograd.plain, buffers), _autograd.offsets(cu_seqlens)
+    )
     return _autograd.gradients(inputs, buffers)
 
 
