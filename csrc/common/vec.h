@@ -118,7 +118,7 @@ struct Scalar {
     return {a.v * power(half) * power(whole - half)};
   }
 
-  // 2^k for the nearest multiple k of 1 / exp2_steps to t, and f = t - k; t <= 127.99, and 2^k is 0 below 2^-126.
+  // 2^k for the nearest multiple k of 1 / exp2_steps to t, and f = t - k; t <= 127, and 2^k is 0 below 2^-126.
   static constexpr int states_at_once = 4;  // what the registers hold in the scans
   static constexpr int exp2_steps = 1;
   static Scalar exp2_head(Scalar t, Scalar& f) {

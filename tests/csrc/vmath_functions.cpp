@@ -29,6 +29,9 @@ inline double exact_exp(double x) {
   return x < -708 ? 0 : x > 708 ? HUGE_VAL : sum * power;
 }
 
+constexpr float most = 127;  // what exp2 promises to take
+inline double exact_exp2(double t) { return exact_exp((t > most ? most : t) * 0x1.62e42fefa39efp-1); }
+
 inline double exact_log1p(double e) {  // 0 <= e <= 1
   const double s = e / (2 + e), w = s * s;
   double sum = 1. / 35;
@@ -63,6 +66,7 @@ constexpr auto on_doubles(F) {
 
 constexpr test::Function functions[] = {
     FUNCTION("exp", exp(x), exact_exp(x), 2, 0, -104, 89, 1),
+    FUNCTION("exp2", exp2(Vec::min(Vec::set1(most), x)), exact_exp2(x), 2, 0x1p-126, -150, most, 1),
     FUNCTION("softplus", softplus(x), exact_softplus(x), 4, 1e-43, -104, 21, 11),
     FUNCTION("sigmoid", sigmoid(x), exact_sigmoid(x), 4, 1e-43, -104, 104, 11),
     FUNCTION("silu", silu(x), x* exact_sigmoid(x), 4, 1e-43, -104, 104, 11),
