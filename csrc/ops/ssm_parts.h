@@ -59,7 +59,7 @@ struct Cut {
 inline Cut cut_groups(const SsmScan& args) {
   Cut cut;
   cut.groups = common_multiple(groups_of(args.B), groups_of(args.C));
-  cut.channels = larger(1, args.dim) / cut.groups;
+  cut.channels = larger(1, args.dim / cut.groups);
   cut.states = args.state;
   return cut;
 }

@@ -54,7 +54,7 @@ sanitize: asan tsan
 
 asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity
 	$(OUT)/asan/threads
-	$(OUT)/asan/isa_parity 150
+	$(OUT)/asan/isa_parity 80
 
 # Where the kernel randomises more address bits than ThreadSanitizer knows of, setarch -R turns that off.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -63,7 +63,7 @@ tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity
 	@$(FIXED_ADDRESSES) $(OUT)/tsan/threads >$(OUT)/tsan/log 2>&1 || { cat $(OUT)/tsan/log >&2; \
 	  ! grep -q 'unexpected memory mapping' $(OUT)/tsan/log || echo "ThreadSanitizer cannot run with this kernel's random" \
 	  "addresses: allow setarch -R (personality) in this container, or set sysctl vm.mmap_rnd_bits=28" >&2; exit 1; }
-	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 150
+	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 80
 
 arm: arm-tools
 	@$(MAKE) --no-print-directory -f tests/csrc/native.mk arm-run
@@ -74,7 +74,7 @@ arm-tools:
 
 arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/vmath_accuracy
 	$(QEMU) $(OUT)/arm/threads
-	$(QEMU) $(OUT)/arm/isa_parity 150
+	$(QEMU) $(OUT)/arm/isa_parity 80
 	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
 
 fuzz: $(OUT)/asan/fuzz

@@ -7,9 +7,6 @@
 
 namespace fastlvm::test {
 
-// Whether the kernels honour `offsets`.
-constexpr bool packed_sequences = false;
-
 // Sizes of one call: mostly small, sometimes enough to be shared among threads or long with few channels.
 struct Sizes {
   int64_t batch, dim, length;
@@ -32,7 +29,7 @@ inline Sizes draw_sizes(Draws& draw, int64_t width) {
 class Offsets {
  public:
   Offsets(Draws& draw, Sizes& sizes) : memory_(8 * 5, Memory::heap) {
-    if (!packed_sequences || !draw.coin("packed")) return;
+    if (!draw.coin("packed")) return;
     const int64_t count = draw.pick("sequences", {0, 1, 2, 4});
     if (count == 0) sizes.length = 0;
     given_ = true;
