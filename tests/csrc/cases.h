@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdio>
 #include <list>
 #include <stdexcept>
 
@@ -82,7 +83,8 @@ class Case {
   Tensor* gradient(const char* name, const Tensor* of, bool cancels = false) {
     if (!of || !draw.coin(name)) return nullptr;
     const TensorView& like = of->view(exact);
-    Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank), gradient_tolerance);
+    Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank),
+                           gradient_tolerance + static_cast<double>(steps) * 0x1p-24);
     tensor.cancels = cancels;
     return &tensor;
   }
@@ -120,6 +122,7 @@ class Case {
  public:
   Draws draw;
   const bool float64;
+  int64_t steps = 0;  // of a recurrence whose gradient is rounded once a step, alike in each where the step is constant
 
  private:
   template <class F>
@@ -163,10 +166,16 @@ class Case {
       const double allowed = tolerance * std::fabs(scale[i]) + rounding * std::fabs(want[i]) + smallest;
       const double error = std::fabs(got[i] - want[i]);
       if (!(error <= allowed))
-        fail(tensor, "[" + std::to_string(i) + "] is " + std::to_string(got[i]) + " instead of " +
-                         std::to_string(want[i]) + ", terms of size " + std::to_string(scale[i]));
+        fail(tensor, "[" + std::to_string(i) + "] is " + text(got[i]) + " instead of " + text(want[i]) +
+                         ", terms of size " + text(scale[i]));
       if (allowed > 0 && rounding == 0) worst_ = std::max(worst_, error / allowed);
     }
+  }
+
+  static std::string text(double x) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%.9g", x);
+    return digits;
   }
 
   [[noreturn]] void fail(const Tensor& tensor, const std::string& what) const {

@@ -117,6 +117,7 @@ inline void ssm_scan(Case& c) {
 
 inline void ssm_scan_bwd(Case& c) {
   const ScanInputs in(c);
+  c.steps = in.L;
   const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
   const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.N});
   const Tensor *du = c.gradient("du", in.u), *dA = c.gradient("dA", in.A);

@@ -27,7 +27,7 @@ bool fastlvm::test::add(const VectorMath& math) {
   return true;
 }
 
-static bool runs(const VectorMath& math) {
+static bool runs([[maybe_unused]] const VectorMath& math) {
 #if defined(__x86_64__)
   if (!std::strcmp(math.isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (!std::strcmp(math.isa, "avx512")) return __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
