@@ -79,7 +79,7 @@ def _bound(axis: Any, run: Run, cases: list[str]) -> None:
         axis.barh([0], [0], label=_threads(threads), **shade)
     axis.axvline(1, color=_INK, linewidth=1, zorder=3)
     axis.set_xlim(0, 1.2 * reach)
-    axis.legend(loc="lower right", fontsize=8, frameon=True, edgecolor=_FAINT)
+    axis.legend(loc="upper right", fontsize=8, frameon=True, edgecolor=_FAINT)
     axis.set_title("Kernel ÷ the machine's own bound (1: none faster)", **_TITLE)
 
 

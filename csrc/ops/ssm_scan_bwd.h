@@ -57,14 +57,17 @@ FASTLVM_INLINE void retrace(const GradRows<V>& rows, const Trail<V, Count>& trai
   constexpr int64_t W = V::width, size = Trail<V, Count>::size;
   const T *const deltas = rows.delta(), *const inputs = rows.input();
   T *const hs = trail.h(), *const factors = trail.factor(), *const ys = rows.y();
-  const V most = V::set1(static_cast<T>(3.4e38));
   for (int64_t t = begin; t < length; ++t) {
     const V delta = V::load(deltas + t * W), input = V::load(inputs + t * W);
     for (int j = 0; j < Count; ++j) {
       const V x = delta * a[j];
-      const V factor = Grows ? V::min(most, times_any_exp2(V::set1(1), x)) : exp2(x);
-      factor.store(factors + j * size + t * W);
-      h[j] = V::fma(factor, h[j], input * b.at(n + j, t));
+      if constexpr (Grows) {
+        h[j] = V::fma(input, b.at(n + j, t), times_any_exp2(h[j], x));
+      } else {
+        const V factor = exp2(x);
+        factor.store(factors + j * size + t * W);
+        h[j] = V::fma(factor, h[j], input * b.at(n + j, t));
+      }
       h[j].store(hs + j * size + (t + 1) * W);
     }
     if (!want_y) continue;
@@ -74,12 +77,13 @@ FASTLVM_INLINE void retrace(const GradRows<V>& rows, const Trail<V, Count>& trai
   }
 }
 
-// One block's `Count` states from n on through a chunk and back. In `carry` is the gradient of the states after the
+// One block's `Count` states from n on through a chunk and back. Grows: a factor may exceed one, or be far below what a
+// float holds while the state is large, and is never formed alone. In `carry` is the gradient of the states after the
 // chunk, then of those before it. From_zero: nothing came before the chunk and nobody asks for the gradient of it.
-template <class V, int Count, class B, class C>
+template <class V, int Count, bool Grows, class B, class C>
 inline void there_and_back(const GradRows<V>& rows, const Trail<V, Count>& trail, const typename V::scalar* A,
                            const typename V::scalar* start, typename V::scalar* carry, typename V::scalar* dA, B b, C c,
-                           int64_t n, int64_t length, bool grows, bool from_zero, bool want_y) {
+                           int64_t n, int64_t length, bool from_zero, bool want_y) {
   using T = typename V::scalar;
   constexpr int64_t W = V::width, size = Trail<V, Count>::size;
   const int64_t first = from_zero ? 1 : 0;
@@ -96,10 +100,7 @@ inline void there_and_back(const GradRows<V>& rows, const Trail<V, Count>& trail
     for (int j = 0; j < Count; ++j) y = V::fma(h[j], c.at(n + j, 0), y);
     y.store(rows.y());
   }
-  if (grows)
-    retrace<V, Count, true>(rows, trail, h, a, b, c, n, first, length, want_y);
-  else
-    retrace<V, Count, false>(rows, trail, h, a, b, c, n, first, length, want_y);
+  retrace<V, Count, Grows>(rows, trail, h, a, b, c, n, first, length, want_y);
 
   const T *const hs = trail.h(), *const factors = trail.factor(), *const deltas = rows.delta();
   const T *const inputs = rows.input(), *const grad_ys = rows.grad_y();
@@ -113,9 +114,15 @@ inline void there_and_back(const GradRows<V>& rows, const Trail<V, Count>& trail
       g[j] = V::fma(grad_y, c.at(n + j, t), g[j]);
       V::fma(input, g[j], V::load(dB + at)).store(dB + at);
       along_B = V::fma(g[j], b.at(n + j, t), along_B);
-      g[j] = g[j] * V::load(factors + at);  // of the state before
-      h[j] = V::load(hs + at);
-      const V slope = g[j] * h[j];
+      h[j] = V::load(hs + at);  // the state before, and below its gradient
+      V slope;
+      if constexpr (Grows) {
+        slope = g[j] * times_any_exp2(h[j], delta * a[j]);
+        g[j] = times_any_exp2(g[j], delta * a[j]);
+      } else {
+        g[j] = g[j] * V::load(factors + at);
+        slope = g[j] * h[j];
+      }
       along_A = V::fma(slope, a[j], along_A);
       sum_A[j] = V::fma(delta, slope, sum_A[j]);
     }
@@ -332,8 +339,10 @@ class BackwardPart {
     for (int j = 0; j < 2 * Count; ++j) fill_zero(trail.dB() + j * trail.size, length * W);
     for (int64_t c = 0; c < part_.count; c += W) {
       const int64_t block = c / W, tile = block * part_.states * W;
-      there_and_back<V, Count>(rows_of(c), trail, states_.A(c), start + tile, carry_ + tile, dA_ + tile, b_of(c),
-                               c_of(c), n, length, grows_[block], from_zero, want_y_);
+      const auto go = grows_[block] ? there_and_back<V, Count, true, decltype(b_of(c)), decltype(c_of(c))>
+                                    : there_and_back<V, Count, false, decltype(b_of(c)), decltype(c_of(c))>;
+      go(rows_of(c), trail, states_.A(c), start + tile, carry_ + tile, dA_ + tile, b_of(c), c_of(c), n, length,
+         from_zero, want_y_);
       if (!B_.varies()) add_over_time<Count>(trail.dB(), dB_ + tile, n, length);
       if (!C_.varies()) add_over_time<Count>(trail.dC(), dC_ + tile, n, length);
     }
