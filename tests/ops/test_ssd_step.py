@@ -65,7 +65,6 @@ def test_a_loop_stays_with_the_oracle(decay, backend):
     assert relative_error(inputs["state"], exact["state"]) <= 1e-6
 
 
-@pytest.mark.skipif("ssd_scan" not in fastlvm.__all__, reason="fastlvm.ssd_scan does not exist yet")
 @pytest.mark.parametrize("options", [SSD, ("D", "z"), ()], ids=["all", "plain", "bare"])
 def test_the_loop_is_the_scan(options, backend):
     case, length = Ssd(batch=2, heads=4, channels=8, state=16, options=options), 40
