@@ -42,28 +42,48 @@ struct TileAt {
   int64_t offset, lane, step;
 };
 
-// tile[s] for s < steps; lanes from `lanes` on are zero. What lies `ahead` steps later is fetched into the cache: rows
-// far apart are too many streams for the processor to foresee.
+// The cache lines of a tile that is wanted later, fetched one by one between other work: rows far apart are too many
+// streams for the processor to foresee, and all at once are more than it can wait for.
 template <class V>
-inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps,
-                      int64_t ahead = 0) {
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(const TensorView& view, TileAt at, int64_t steps) {
+    const int64_t size = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
+    data_ = static_cast<const char*>(view.data) + at.offset * size;
+    if (at.lane == 1) {  // a line for each step
+      near_ = at.step * size, far_ = V::width * near_, lines_ = steps;
+    } else if (at.step == 1) {  // for each lane one after the other
+      near_ = at.lane * size, far_ = line, lines_ = V::width * div_up(steps * size, line);
+    }
+  }
+
+  // Inline, because GCC takes a function that does nothing but prefetch for one that does nothing.
+  FASTLVM_INLINE void fetch(int64_t i) const {
+    if (i < lines_) FASTLVM_PREFETCH(data_ + (i & (V::width - 1)) * near_ + i / V::width * far_);
+  }
+
+ private:
+  static constexpr int64_t line = 64;
+  const char* data_ = nullptr;
+  int64_t near_ = 0, far_ = 0, lines_ = 0;
+};
+
+// tile[s] for s < steps; lanes from `lanes` on are zero.
+template <class V>
+inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
   using T = typename V::scalar;
   constexpr int W = V::width;
   with_format<V>(view, [&](auto format, const auto* data) {
     const auto* const p = data + at.offset;
     if (at.lane == 1 || W == 1) {
-      for (int64_t s = 0; s < steps; ++s) {
-        if (ahead) FASTLVM_PREFETCH(p + (s + ahead) * at.step);
-        format.load(p + s * at.step, lanes).store(tile + s * W);
-      }
+      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, lanes).store(tile + s * W);
     } else if (at.step == 1) {
       int64_t s = 0;
       if (lanes == W) {
         for (; s + W <= steps; s += W) {
           V rows[W];
           for (int i = 0; i < W; ++i) rows[i] = format.load(p + i * at.lane + s, W);
-          if (ahead)
-            for (int i = 0; i < W; ++i) FASTLVM_PREFETCH(p + i * at.lane + s + ahead);
           V::transpose(rows);
           for (int i = 0; i < W; ++i) rows[i].store(tile + (s + i) * W);
         }
@@ -81,6 +101,21 @@ inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt a
           tile[s * W + i] = i < lanes ? element<T>(view, at.offset + i * at.lane + s * at.step) : T(0);
     }
   });
+}
+
+// A tile where it lies.
+template <class V>
+struct Steps {
+  const typename V::scalar* p;
+  int64_t step;
+  V at(int64_t s) const { return V::load(p + s * step); }
+};
+
+// Whether vectors can be loaded from the array as they are.
+template <class V>
+inline bool is_tile(const TensorView& view, TileAt at, int lanes) {
+  constexpr DType own = sizeof(typename V::scalar) == 4 ? DType::f32 : DType::f64;
+  return view.dtype == own && (at.lane == 1 || V::width == 1) && lanes == V::width;
 }
 
 template <class V>

@@ -58,6 +58,12 @@ FASTLVM_INLINE V sigmoid(V x) {
   return V::if_greater(V::zero(), x, e, one) / (one + e);
 }
 
+// d softplus(x) / dx
+template <class V>
+FASTLVM_INLINE V softplus_slope(V x) {
+  return V::if_greater(x, V::set1(20), V::set1(1), sigmoid(x));
+}
+
 // The recurrence h' = exp(x) h + in. For small x it is h + (expm1(x) h + in): the factor's rounding error is then
 // relative to its distance from one, and does not pile up over long memories.
 template <class V>

@@ -34,6 +34,12 @@ inline Sequence sequence_of(const SsmScan& args, int64_t b) {
   return {0, args.offsets[b], args.offsets[b + 1] - args.offsets[b]};
 }
 
+// Steps [begin, begin + length) of a sequence.
+struct Chunk {
+  Sequence at;
+  int64_t begin, length;
+};
+
 inline int64_t longest_sequence(const SsmScan& args) {
   if (!args.offsets) return args.length;
   int64_t longest = 0;
@@ -41,8 +47,9 @@ inline int64_t longest_sequence(const SsmScan& args) {
   return longest;
 }
 
-// Steps of all sequences, and the place of a sequence's first one among them.
-inline int64_t all_times(const SsmScan& args) { return args.offsets ? args.length : args.batch * args.length; }
+// Batch entries of the arrays of time, steps of all sequences, and the place of a sequence's first one among them.
+inline int64_t entries_of(const SsmScan& args) { return args.offsets ? 1 : args.batch; }
+inline int64_t all_times(const SsmScan& args) { return entries_of(args) * args.length; }
 inline int64_t first_time(const SsmScan& args, Sequence at) { return at.begin + at.entry * args.length; }
 
 // How one call is cut into tasks.
@@ -91,7 +98,8 @@ template <class V>
 struct Broadcast {
   const typename V::scalar* p;
   int64_t state, time;
-  V at(int64_t n, int64_t t) const { return V::set1(p[n * state + t * time]); }
+  typename V::scalar value(int64_t n, int64_t t) const { return p[n * state + t * time]; }
+  V at(int64_t n, int64_t t) const { return V::set1(value(n, t)); }
 };
 
 template <class V>
@@ -105,35 +113,50 @@ template <class V>
 class Rows {
  public:
   using T = typename V::scalar;
-  static constexpr int64_t count = 6;
+  static constexpr int64_t count = 5;
 
-  Rows(const SsmScan& args, T* memory, int64_t chunk) : args_(args), size_(chunk * V::width), rows_(memory) {}
+  Rows(const SsmScan& args, T* memory, int64_t chunk)
+      : args_(args), size_(chunk * V::width), u_(memory), delta_(memory + size_) {}
 
-  // u, delta + bias, δ and δ u of channels [d, d + lanes) at [begin, begin + length) of the sequence. True if some δ is
-  // below zero.
-  bool read(Sequence at, int64_t d, int lanes, int64_t begin, int64_t length) const {
-    read_time(u(), args_.u, at, d, lanes, begin, length);
-    read_time(delta(), args_.delta, at, d, lanes, begin, length);
+  // u, δ and δ u of channels [d, d + lanes) over a chunk; u and delta of the chunk that comes next are fetched into the
+  // cache. `slope` gets dδ / d delta unless it is null. True if some δ is below zero.
+  bool read(const Chunk& chunk, const Chunk& next, int64_t d, int lanes, T* slope = nullptr) const {
+    const Steps<V> u = read_time(u_, args_.u, chunk, d, lanes), raws = read_time(delta_, args_.delta, chunk, d, lanes);
+    const auto next_u = fetch_time(args_.u, next, d), next_delta = fetch_time(args_.delta, next, d);
     const V bias = lanes_of(args_.delta_bias, d, lanes);
     V least = V::zero();
-    for (int64_t i = 0; i < length * V::width; i += V::width) {
-      const V raw = V::load(delta() + i) + bias;
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      next_u.fetch(t), next_delta.fetch(t);
+      const V raw = raws.at(t) + bias;
       const V step = args_.delta_softplus ? softplus(raw) : raw;
-      raw.store(raw_delta() + i);
-      step.store(delta() + i);
-      (step * V::load(u() + i)).store(input() + i);
+      step.store(delta() + t * V::width);
+      (step * u.at(t)).store(input() + t * V::width);
+      if (slope) (args_.delta_softplus ? softplus_slope(raw) : V::set1(1)).store(slope + t * V::width);
       least = V::min(least, step);
     }
     return V::any_greater(V::zero(), least);
   }
 
-  static void read_time(T* to, const TensorView& view, Sequence at, int64_t d, int lanes, int64_t begin,
-                        int64_t length) {
-    read_tile<V>(to, view, time_tile(view, at, d, begin), lanes, length, begin + length < at.length ? length : 0);
+  void read_u(const Chunk& chunk, int64_t d, int lanes) const { read_time(u_, args_.u, chunk, d, lanes); }
+
+  // After read() or read_u().
+  Steps<V> u(const Chunk& chunk, int64_t d, int lanes) const { return steps_of(u_, args_.u, chunk, d, lanes); }
+
+  // Channels [d, d + lanes) over a chunk, where they lie or else in `memory`.
+  static Steps<V> read_time(T* memory, const TensorView& view, const Chunk& chunk, int64_t d, int lanes) {
+    const TileAt at = time_tile(view, chunk, d);
+    if (!is_tile<V>(view, at, lanes)) read_tile<V>(memory, view, at, lanes, chunk.length);
+    return steps_of(memory, view, chunk, d, lanes);
   }
 
-  static TileAt time_tile(const TensorView& view, Sequence at, int64_t d, int64_t begin) {
-    return {offset_of(view, at.entry, d) + (at.begin + begin) * view.stride[2], view.stride[1], view.stride[2]};
+  // Channels from d on over a chunk that may be empty.
+  static Fetch<V> fetch_time(const TensorView& view, const Chunk& chunk, int64_t d) {
+    return given(view) && chunk.length ? Fetch<V>(view, time_tile(view, chunk, d), chunk.length) : Fetch<V>();
+  }
+
+  static TileAt time_tile(const TensorView& view, const Chunk& chunk, int64_t d) {
+    return {offset_of(view, chunk.at.entry, d) + (chunk.at.begin + chunk.begin) * view.stride[2], view.stride[1],
+            view.stride[2]};
   }
 
   // Elements [d, d + lanes) of a vector that may not be given.
@@ -143,17 +166,21 @@ class Rows {
     return V::load(values);
   }
 
-  T* u() const { return rows_; }
-  T* raw_delta() const { return rows_ + size_; }  // with the bias, before softplus
-  T* delta() const { return rows_ + 2 * size_; }
-  T* input() const { return rows_ + 3 * size_; }  // δ u
-  T* y() const { return rows_ + 4 * size_; }
-  T* z() const { return rows_ + 5 * size_; }
+  T* delta() const { return delta_; }
+  T* input() const { return delta_ + size_; }  // δ u
+  T* y() const { return delta_ + 2 * size_; }
+  T* z() const { return delta_ + 3 * size_; }
 
  private:
+  static Steps<V> steps_of(const T* memory, const TensorView& view, const Chunk& chunk, int64_t d, int lanes) {
+    const TileAt at = time_tile(view, chunk, d);
+    if (is_tile<V>(view, at, lanes)) return {static_cast<const T*>(view.data) + at.offset, at.step};
+    return {memory, V::width};
+  }
+
   const SsmScan& args_;
   int64_t size_;
-  T* rows_;
+  T *u_, *delta_;
 };
 
 // B or C for a part: read where it lies if it is in the kernels' dtype, else converted a chunk at a time.
@@ -175,10 +202,12 @@ class Projection {
                      static_cast<int>(smaller(V::width, part.count - c)), part.states);
   }
 
-  void read(Sequence at, int64_t begin, int64_t length) {
+  void read(const Chunk& chunk) {
     if (per_channel(view_)) return;
+    const int64_t length = chunk.length;
     const int64_t state = view_.stride[2], time = view_.stride[3];
-    const int64_t offset = offset_of(view_, at.entry, group_) + part_.state * state + (at.begin + begin) * time;
+    const int64_t offset =
+        offset_of(view_, chunk.at.entry, group_) + part_.state * state + (chunk.at.begin + chunk.begin) * time;
     if (!packed_.get()) {
       now_ = {static_cast<const T*>(view_.data) + offset, state, time};
     } else if (time == 1) {

@@ -176,14 +176,25 @@ class Forward {
     for (int64_t b = part.begin; b < part.end; ++b) {
       const Sequence at = sequence_of(args_, b);
       if (is_short(at, B, C)) {
-        run_short(part, rows, states, B, C, at);
+        run_short(part, rows, states, B, C, at, next_of(part, b, 0, at.length));
       } else {
         states.read_initial(b);
-        for (int64_t t = 0; t < at.length; t += cut_.chunk)
-          run_chunk(part, rows, states, B, C, at, t, smaller(cut_.chunk, at.length - t));
+        for (int64_t t = 0; t < at.length; t += cut_.chunk) {
+          const Chunk chunk = chunk_at(at, t);
+          run_chunk(part, rows, states, B, C, chunk, next_of(part, b, t, chunk.length));
+        }
       }
       states.write_final(b);
     }
+  }
+
+  Chunk chunk_at(Sequence at, int64_t begin) const { return {at, begin, smaller(cut_.chunk, at.length - begin)}; }
+
+  // The chunk that a part works on after [begin, begin + length) of sequence b; none has the length 0.
+  Chunk next_of(const Part& part, int64_t b, int64_t begin, int64_t length) const {
+    const Sequence at = sequence_of(args_, b);
+    if (begin + length < at.length) return chunk_at(at, begin + length);
+    return b + 1 < part.end ? chunk_at(sequence_of(args_, b + 1), 0) : Chunk{};
   }
 
   bool is_short(Sequence at, const Projection<V>& B, const Projection<V>& C) const {
@@ -193,12 +204,13 @@ class Forward {
   }
 
   void run_short(const Part& part, const Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
-                 Sequence at) {
+                 Sequence at, const Chunk& next) {
     const bool only_last = skipped_ > 0, keep = given(args_.final_state);
-    B.read(at, 0, at.length);
-    C.read(at, 0, at.length);
+    const Chunk chunk = {at, 0, at.length};
+    B.read(chunk);
+    C.read(chunk);
     for (int64_t c = 0; c < part.count; c += W) {
-      const bool negative = rows.read(at, part.first + c, states.lanes(c), 0, at.length);
+      const bool negative = rows.read(chunk, next, part.first + c, states.lanes(c));
       T* const h = states.h(c);
       if (negative || states.grows(c)) {
         fill_zero(h, part.states * W);
@@ -210,34 +222,36 @@ class Forward {
         walk_short<V, false>(rows, states.A(c), keep ? h : nullptr, B.broadcast(), C.broadcast(), part.states,
                              at.length);
       }
-      emit(part, rows, at, c, 0, at.length);
+      emit(part, rows, chunk, next, c);
     }
   }
 
   void run_chunk(const Part& part, const Rows<V>& rows, const States<V>& states, Projection<V>& B, Projection<V>& C,
-                 Sequence at, int64_t begin, int64_t length) {
-    B.read(at, begin, length);
-    C.read(at, begin, length);
-    const int64_t wanted = smaller(length, larger(0, skipped_ - begin));
+                 const Chunk& chunk, const Chunk& next) {
+    B.read(chunk);
+    C.read(chunk);
     for (int64_t c = 0; c < part.count; c += W) {
-      const bool negative = rows.read(at, part.first + c, states.lanes(c), begin, length);
-      run_block(rows, states, B, C, c, part.states, length, wanted, negative || states.grows(c));
-      emit(part, rows, at, c, begin, length);
+      const bool negative = rows.read(chunk, next, part.first + c, states.lanes(c));
+      run_block(rows, states, B, C, c, part.states, chunk.length, skipped_in(chunk), negative || states.grows(c));
+      emit(part, rows, chunk, next, c);
     }
   }
 
+  // Steps of a chunk that nobody asked for.
+  int64_t skipped_in(const Chunk& chunk) const { return smaller(chunk.length, larger(0, skipped_ - chunk.begin)); }
+
   // The rows' y is the output, or a share of it to be kept.
-  void emit(const Part& part, const Rows<V>& rows, Sequence at, int64_t c, int64_t begin, int64_t length) {
-    if (cut_.shares == 1) return finish(rows, at, part.first + c, begin, length);
-    copy(share_at(part.share, at, part.first + c, begin), rows.y(), length * W);
+  void emit(const Part& part, const Rows<V>& rows, const Chunk& chunk, const Chunk& next, int64_t c) {
+    if (cut_.shares == 1) return finish(rows, chunk, next, part.first + c);
+    copy(share_at(part.share, chunk, part.first + c), rows.y(), chunk.length * W);
   }
 
   int64_t blocks() const { return cut_.groups * div_up(cut_.channels, W); }
 
   // [shares, blocks, times, W]
-  T* share_at(int64_t share, Sequence at, int64_t d, int64_t begin) const {
+  T* share_at(int64_t share, const Chunk& chunk, int64_t d) const {
     const int64_t block = d / cut_.channels * div_up(cut_.channels, W) + d % cut_.channels / W;
-    return shares_ + ((share * blocks() + block) * times_ + first_time(args_, at) + begin) * W;
+    return shares_ + ((share * blocks() + block) * times_ + first_time(args_, chunk.at) + chunk.begin) * W;
   }
 
   void add_shares(const Part& part) {
@@ -246,16 +260,16 @@ class Forward {
     for (int64_t b = part.begin; b < part.end; ++b) {
       const Sequence at = sequence_of(args_, b);
       for (int64_t t = 0; t < at.length; t += cut_.chunk) {
-        const int64_t length = smaller(cut_.chunk, at.length - t);
+        const Chunk chunk = chunk_at(at, t);
         for (int64_t c = 0; c < part.count; c += W) {
           const int64_t d = part.first + c;
-          rows.read_time(rows.u(), args_.u, at, d, lanes(d), t, length);
-          for (int64_t i = 0; i < length * W; i += W) {
-            V sum = V::load(share_at(0, at, d, t) + i);
-            for (int64_t s = 1; s < cut_.shares; ++s) sum = sum + V::load(share_at(s, at, d, t) + i);
+          rows.read_u(chunk, d, lanes(d));
+          for (int64_t i = 0; i < chunk.length * W; i += W) {
+            V sum = V::load(share_at(0, chunk, d) + i);
+            for (int64_t s = 1; s < cut_.shares; ++s) sum = sum + V::load(share_at(s, chunk, d) + i);
             sum.store(rows.y() + i);
           }
-          finish(rows, at, d, t, length);
+          finish(rows, chunk, {}, d);
         }
       }
     }
@@ -267,22 +281,27 @@ class Forward {
   }
 
   // out = (y + D u) silu(z) of a block, from y.
-  void finish(const Rows<V>& rows, Sequence at, int64_t d, int64_t begin, int64_t length) {
-    const int64_t wanted = smaller(length, larger(0, skipped_ - begin));
-    if (wanted == length) return;
+  void finish(const Rows<V>& rows, const Chunk& chunk, const Chunk& next, int64_t d) {
+    const int64_t skipped = skipped_in(chunk), end = chunk.length;
+    if (skipped == end) return;
+    const Chunk wanted = {chunk.at, chunk.begin + skipped, end - skipped};
     const int lanes = this->lanes(d);
     T* const y = rows.y();
     if (given(args_.D)) {
       const V skip = Rows<V>::lanes_of(args_.D, d, lanes);
-      for (int64_t i = wanted * W; i < length * W; i += W)
-        V::fma(skip, V::load(rows.u() + i), V::load(y + i)).store(y + i);
+      const Steps<V> u = rows.u(chunk, d, lanes);
+      for (int64_t t = skipped; t < end; ++t) V::fma(skip, u.at(t), V::load(y + t * W)).store(y + t * W);
     }
     if (given(args_.z)) {
-      rows.read_time(rows.z() + wanted * W, args_.z, at, d, lanes, begin + wanted, length - wanted);
-      for (int64_t i = wanted * W; i < length * W; i += W) (V::load(y + i) * silu(V::load(rows.z() + i))).store(y + i);
+      const Steps<V> z = rows.read_time(rows.z(), args_.z, wanted, d, lanes);
+      const auto next_z = Rows<V>::fetch_time(args_.z, next, d);
+      for (int64_t t = skipped; t < end; ++t) {
+        next_z.fetch(t);
+        (V::load(y + t * W) * silu(z.at(t - skipped))).store(y + t * W);
+      }
     }
-    write_tile<V>(y + wanted * W, args_.out, Rows<V>::time_tile(args_.out, at, d, begin + wanted - skipped_), lanes,
-                  length - wanted);
+    const Chunk out = {chunk.at, wanted.begin - skipped_, wanted.length};
+    write_tile<V>(y + skipped * W, args_.out, Rows<V>::time_tile(args_.out, out, d), lanes, out.length);
   }
 
   const SsmScan& args_;

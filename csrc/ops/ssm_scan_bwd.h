@@ -11,7 +11,7 @@
 
 namespace fastlvm::FASTLVM_ISA::ssm {
 
-// The rows of a block over a chunk that only the backward needs.
+// The rows of a block over a chunk that only the backward needs. In `z` is the gradient of silu(z) times its slope.
 template <class V>
 class GradRows : public Rows<V> {
  public:
@@ -21,7 +21,7 @@ class GradRows : public Rows<V> {
   GradRows(const SsmScan& args, T* memory, int64_t chunk)
       : Rows<V>(args, memory, chunk), size_(chunk * V::width), rows_(memory + Rows<V>::count * size_) {}
 
-  T* grad_out() const { return rows_; }
+  T* slope() const { return rows_; }                // dδ / d delta
   T* grad_y() const { return rows_ + size_; }       // before the gate
   T* along_B() const { return rows_ + 2 * size_; }  // Σ_n g B
   T* along_A() const { return rows_ + 3 * size_; }  // Σ_n g exp(δ A) h_{t-1} A
@@ -143,28 +143,29 @@ inline void there_and_back(const GradRows<V>& rows, const Trail<V, Count>& trail
 }
 
 // The same for a whole sequence of `Length` steps from a zero state, all of it in registers; the sums over the blocks
-// are added to dB and dC.
+// are added to dB and dC. `b` and `c` are the state's projections, `g` the gradient of its final value.
 template <class V, int Length>
 FASTLVM_INLINE void there_and_back_short(const GradRows<V>& rows, V a, V g, V& sum_A, V (&dB)[Length], V (&dC)[Length],
-                                         Broadcast<V> b, Broadcast<V> c, int64_t n, bool want_y) {
+                                         const typename V::scalar (&b)[Length], const typename V::scalar (&c)[Length],
+                                         bool want_y) {
   using T = typename V::scalar;
   constexpr int64_t W = V::width;
   const T *const deltas = rows.delta(), *const inputs = rows.input(), *const grad_ys = rows.grad_y();
   T *const along_Bs = rows.along_B(), *const along_As = rows.along_A(), *const ys = rows.y();
   V h[Length], factor[Length];
-  h[0] = V::load(inputs) * b.at(n, 0);
+  h[0] = V::load(inputs) * V::set1(b[0]);
   for (int t = 1; t < Length; ++t) {
     factor[t] = exp2(V::load(deltas + t * W) * a);
-    h[t] = V::fma(factor[t], h[t - 1], V::load(inputs + t * W) * b.at(n, t));
+    h[t] = V::fma(factor[t], h[t - 1], V::load(inputs + t * W) * V::set1(b[t]));
   }
   if (want_y)
-    for (int t = 0; t < Length; ++t) V::fma(h[t], c.at(n, t), V::load(ys + t * W)).store(ys + t * W);
+    for (int t = 0; t < Length; ++t) V::fma(h[t], V::set1(c[t]), V::load(ys + t * W)).store(ys + t * W);
   for (int t = Length - 1; t >= 0; --t) {
     const V grad_y = V::load(grad_ys + t * W);
     dC[t] = V::fma(grad_y, h[t], dC[t]);
-    g = V::fma(grad_y, c.at(n, t), g);
+    g = V::fma(grad_y, V::set1(c[t]), g);
     dB[t] = V::fma(V::load(inputs + t * W), g, dB[t]);
-    V::fma(g, b.at(n, t), V::load(along_Bs + t * W)).store(along_Bs + t * W);
+    V::fma(g, V::set1(b[t]), V::load(along_Bs + t * W)).store(along_Bs + t * W);
     if (t == 0) break;
     g = g * factor[t];
     const V slope = g * h[t - 1];
@@ -193,7 +194,7 @@ inline void sum_lanes(const typename V::scalar* rows, typename V::scalar* out, i
 // Partial sums that are added once all tasks are done.
 template <class T>
 struct Partial {
-  T *dA, *dB, *dC;           // dA [ranges, D, N]; dB, dC of a varying projection [groups, slices, N, times]
+  T *dA, *dB, *dC;           // dA [ranges, D, N]; dB, dC of a varying projection [groups, slices, entries, N, L]
   T *dB_lanes, *dC_lanes;    // of a projection per channel [ranges, D, N]
   double *dD, *ddelta_bias;  // [ranges, D]
 };
@@ -235,41 +236,57 @@ class BackwardPart {
  private:
   void run_sequence(int64_t b) {
     const Sequence at = sequence_of(in_, b);
-    const int64_t chunks = div_up(at.length, cut_.chunk), size = states_.size();
+    const Chunk after = b + 1 < part_.end ? chunk_at(sequence_of(in_, b + 1), 0) : Chunk{};
     states_.read(args_.grad_final_state, b, carry_.get());
+    const bool short_one = at.length <= longest_short && !given(in_.initial_state) && B_.varies() && C_.varies();
+    if (short_one && at.length > 0 && run_short({at, 0, at.length}, after)) return;
+    const int64_t chunks = div_up(at.length, cut_.chunk), size = states_.size();
     states_.read_initial(b);
     for (int64_t k = 0; k < chunks; ++k) {
       copy(start_ + k * size, states_.h(0), size);
-      if (k + 1 < chunks) walk_chunk(at, k * cut_.chunk);
+      if (k + 1 < chunks) walk_chunk(chunk_at(at, k), chunk_at(at, k + 1));
     }
-    for (int64_t k = chunks - 1; k >= 0; --k) {
-      const int64_t begin = k * cut_.chunk;
-      run_chunk(at, begin, smaller(cut_.chunk, at.length - begin), start_ + k * size);
-    }
+    for (int64_t k = chunks - 1; k >= 0; --k)
+      run_chunk(chunk_at(at, k), k > 0 ? chunk_at(at, k - 1) : after, start_ + k * size);
     states_.write(args_.dinitial_state, b, carry_.get());
   }
 
-  void walk_chunk(Sequence at, int64_t begin) {
-    B_.read(at, begin, cut_.chunk);
-    C_.read(at, begin, cut_.chunk);
+  Chunk chunk_at(Sequence at, int64_t k) const {
+    const int64_t begin = k * cut_.chunk;
+    return {at, begin, smaller(cut_.chunk, at.length - begin)};
+  }
+
+  void walk_chunk(const Chunk& chunk, const Chunk& next) {
+    B_.read(chunk);
+    C_.read(chunk);
     for (int64_t c = 0; c < part_.count; c += W) {
       const GradRows<V> rows = rows_of(c);
-      const bool negative = rows.read(at, part_.first + c, states_.lanes(c), begin, cut_.chunk);
-      run_block<V>(rows, states_, B_, C_, c, part_.states, cut_.chunk, cut_.chunk, negative || states_.grows(c));
+      const bool negative = rows.read(chunk, next, part_.first + c, states_.lanes(c));
+      run_block<V>(rows, states_, B_, C_, c, part_.states, chunk.length, chunk.length, negative || states_.grows(c));
     }
   }
 
-  void run_chunk(Sequence at, int64_t begin, int64_t length, const T* start) {
-    B_.read(at, begin, length);
-    C_.read(at, begin, length);
+  void run_chunk(const Chunk& chunk, const Chunk& next, const T* start) {
+    read_chunk(chunk, next);
+    run_general(chunk, start, chunk.begin == 0 && !given(in_.initial_state));
+    for (int64_t c = 0; c < part_.count; c += W) finish_block(chunk, next, c);
+  }
+
+  // True if a factor may exceed one.
+  bool read_chunk(const Chunk& chunk, const Chunk& next) {
+    B_.read(chunk);
+    C_.read(chunk);
     bool grows = false;
-    for (int64_t c = 0; c < part_.count; c += W) grows |= read_block(at, c, begin, length);
-    const bool from_zero = begin == 0 && !given(in_.initial_state), varies = B_.varies() && C_.varies();
-    if (from_zero && length == at.length && length <= longest_short && varies && !grows)
-      run_short(at, length);
-    else
-      run_general(at, begin, length, start, from_zero);
-    for (int64_t c = 0; c < part_.count; c += W) finish_block(at, c, begin, length);
+    for (int64_t c = 0; c < part_.count; c += W) grows |= read_block(chunk, next, c);
+    return grows;
+  }
+
+  // A whole sequence from a zero state. False, and nothing is done, if a factor may exceed one.
+  bool run_short(const Chunk& chunk, const Chunk& next) {
+    if (read_chunk(chunk, next)) return false;
+    run_short(chunk.at, chunk.length);
+    for (int64_t c = 0; c < part_.count; c += W) finish_block(chunk, next, c);
+    return true;
   }
 
   void run_short(Sequence at, int64_t length) {
@@ -295,32 +312,48 @@ class BackwardPart {
 
   template <int Length>
   void run_short(Sequence at) {
-    static_assert(2 * Length <= 2 * longest_chunk);
-    T* const sums = trail_.dB();
-    for (int64_t n = 0; n < part_.states; ++n) {
-      V dB[Length], dC[Length];
-      for (int t = 0; t < Length; ++t) dB[t] = dC[t] = V::zero();
-      for (int64_t c = 0; c < part_.count; c += W) {
-        const int64_t tile = (c / W * part_.states + n) * W;
-        V sum_A = V::load(dA_ + tile);
-        there_and_back_short<V, Length>(rows_of(c), V::load(states_.A(c) + n * W), V::load(carry_ + tile), sum_A, dB,
-                                        dC, B_.broadcast(), C_.broadcast(), n, want_y_);
-        sum_A.store(dA_ + tile);
+    constexpr int64_t few = longest_chunk / longest_short * at_once;  // states whose sums the trail holds
+    const int64_t blocks = blocks_, tile = part_.states * W;
+    const bool want_y = want_y_;
+    T *const dB_rows = trail_.dB(), *const dC_rows = trail_.dC();
+    for (int64_t first = 0; first < part_.states; first += few) {
+      const int64_t count = smaller(few, part_.states - first);
+      for (int64_t n = first; n < first + count; ++n) {
+        V dB[Length], dC[Length];
+        T b[Length], c[Length];
+        for (int t = 0; t < Length; ++t) {
+          dB[t] = dC[t] = V::zero();
+          b[t] = B_.broadcast().value(n, t), c[t] = C_.broadcast().value(n, t);
+        }
+        const T* A = states_.A(0) + n * W;
+        const T* carry = carry_ + n * W;
+        T* dA = dA_ + n * W;
+        for (int64_t block = 0; block < blocks; ++block, A += tile, carry += tile, dA += tile) {
+          V sum_A = V::load(dA);
+          there_and_back_short<V, Length>(rows_of(block * W), V::load(A), V::load(carry), sum_A, dB, dC, b, c, want_y);
+          sum_A.store(dA);
+        }
+        const int64_t row = (n - first) * Length;
+        for (int t = 0; t < Length; ++t) dB[t].store(dB_rows + (row + t) * W), dC[t].store(dC_rows + (row + t) * W);
       }
-      for (int t = 0; t < Length; ++t) dB[t].store(sums + t * W), dC[t].store(sums + (Length + t) * W);
-      T both[2 * Length];
-      sum_lanes<V>(sums, both, 2 * Length);
-      copy(partial_.dB + partial_at(at, n, 0), both, Length);
-      copy(partial_.dC + partial_at(at, n, 0), both + Length, Length);
+      emit_short<Length>(at, first, count, dB_rows, partial_.dB);
+      emit_short<Length>(at, first, count, dC_rows, partial_.dC);
     }
   }
 
-  void run_general(Sequence at, int64_t begin, int64_t length, const T* start, bool from_zero) {
+  // Rows [count, Length, W] to the partial sums of states from n on.
+  template <int Length>
+  void emit_short(Sequence at, int64_t n, int64_t count, const T* rows, T* partial) const {
+    T sums[longest_chunk * at_once];
+    sum_lanes<V>(rows, sums, count * Length);
+    for (int64_t i = 0; i < count; ++i) copy(partial + partial_at({at, 0, Length}, n + i), sums + i * Length, Length);
+  }
+
+  void run_general(const Chunk& chunk, const T* start, bool from_zero) {
     const auto go = [&](auto b, auto c) {
       int64_t n = 0;
-      for (; n + at_once <= part_.states; n += at_once)
-        run_states(trail_, at, b, c, n, begin, length, start, from_zero);
-      for (; n < part_.states; ++n) run_states(trail_one_, at, b, c, n, begin, length, start, from_zero);
+      for (; n + at_once <= part_.states; n += at_once) run_states(trail_, chunk, b, c, n, start, from_zero);
+      for (; n < part_.states; ++n) run_states(trail_one_, chunk, b, c, n, start, from_zero);
     };
     const auto B_now = [&](int64_t) { return B_.broadcast(); };
     const auto C_now = [&](int64_t) { return C_.broadcast(); };
@@ -334,8 +367,9 @@ class BackwardPart {
 
   // `Count` states of all blocks; b_of(c) and c_of(c) are a block's projections.
   template <int Count, class B, class C>
-  void run_states(const Trail<V, Count>& trail, Sequence at, B b_of, C c_of, int64_t n, int64_t begin, int64_t length,
-                  const T* start, bool from_zero) {
+  void run_states(const Trail<V, Count>& trail, const Chunk& chunk, B b_of, C c_of, int64_t n, const T* start,
+                  bool from_zero) {
+    const int64_t length = chunk.length;
     for (int j = 0; j < 2 * Count; ++j) fill_zero(trail.dB() + j * trail.size, length * W);
     for (int64_t c = 0; c < part_.count; c += W) {
       const int64_t block = c / W, tile = block * part_.states * W;
@@ -347,17 +381,17 @@ class BackwardPart {
       if (!C_.varies()) add_over_time<Count>(trail.dC(), dC_ + tile, n, length);
     }
     for (int j = 0; j < Count; ++j) {
-      const int64_t row = partial_at(at, n + j, begin);
+      const int64_t row = partial_at(chunk, n + j);
       if (B_.varies()) sum_lanes<V>(trail.dB() + j * trail.size, partial_.dB + row, length);
       if (C_.varies()) sum_lanes<V>(trail.dC() + j * trail.size, partial_.dC + row, length);
     }
   }
 
-  // Row n of this slice in the partial sums of dB and dC, from step `begin` of the sequence on.
-  int64_t partial_at(Sequence at, int64_t n, int64_t begin) const {
+  // State n of this slice in the partial sums of dB and dC, from the chunk's first step on.
+  int64_t partial_at(const Chunk& chunk, int64_t n) const {
     const int64_t slice = (part_.first - part_.group * cut_.channels) / cut_.slice;
-    const int64_t row = (part_.group * cut_.slices + slice) * in_.state + n;
-    return row * all_times(in_) + first_time(in_, at) + begin;
+    const int64_t entry = (part_.group * cut_.slices + slice) * entries_of(in_) + chunk.at.entry;
+    return (entry * in_.state + n) * in_.length + chunk.at.begin + chunk.begin;
   }
 
   // For a projection per channel: sums over time, which begin anew with the next block.
@@ -376,53 +410,67 @@ class BackwardPart {
   }
 
   // True if a factor may exceed one.
-  bool read_block(Sequence at, int64_t c, int64_t begin, int64_t length) {
+  bool read_block(const Chunk& chunk, const Chunk& next, int64_t c) {
     const GradRows<V> rows = rows_of(c);
-    const int64_t d = part_.first + c, size = length * W;
+    const int64_t d = part_.first + c, size = chunk.length * W;
     const int lanes = states_.lanes(c);
-    grows_[c / W] = rows.read(at, d, lanes, begin, length) || states_.grows(c);
-    if (given(args_.grad_out))
-      rows.read_time(rows.grad_out(), args_.grad_out, at, d, lanes, begin, length);
-    else
-      fill_zero(rows.grad_out(), size);
-    if (given(in_.z)) {
-      rows.read_time(rows.z(), in_.z, at, d, lanes, begin, length);
-      for (int64_t i = 0; i < size; i += W)
-        (V::load(rows.grad_out() + i) * silu(V::load(rows.z() + i))).store(rows.grad_y() + i);
-    } else {
-      copy(rows.grad_y(), rows.grad_out(), size);
-    }
+    grows_[c / W] = rows.read(chunk, next, d, lanes, rows.slope()) || states_.grows(c);
+    read_grad(rows, chunk, next, d, lanes);
     fill_zero(rows.y(), size);
     fill_zero(rows.along_A(), size);
     fill_zero(rows.along_B(), size);
     return grows_[c / W];
   }
 
+  // The gradient of y and what dz is y times.
+  void read_grad(const GradRows<V>& rows, const Chunk& chunk, const Chunk& next, int64_t d, int lanes) {
+    T* const grad_y = rows.grad_y();
+    if (!given(args_.grad_out)) {
+      fill_zero(grad_y, chunk.length * W);
+      return fill_zero(rows.z(), chunk.length * W);
+    }
+    const Steps<V> grads = rows.read_time(grad_y, args_.grad_out, chunk, d, lanes);
+    const auto next_grad = Rows<V>::fetch_time(args_.grad_out, next, d);
+    if (!given(in_.z)) {
+      for (int64_t t = 0; t < chunk.length; ++t) next_grad.fetch(t), grads.at(t).store(grad_y + t * W);
+      return;
+    }
+    const Steps<V> gates = rows.read_time(rows.z(), in_.z, chunk, d, lanes);
+    const auto next_z = Rows<V>::fetch_time(in_.z, next, d);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      next_grad.fetch(t), next_z.fetch(t);
+      const V grad = grads.at(t), gate = gates.at(t);
+      (grad * silu(gate)).store(grad_y + t * W);
+      (grad * silu_slope(gate)).store(rows.z() + t * W);
+    }
+  }
+
   // du, ddelta, dz and the sums over time of a chunk.
-  void finish_block(Sequence at, int64_t c, int64_t begin, int64_t length) {
+  void finish_block(const Chunk& chunk, const Chunk& next, int64_t c) {
     const GradRows<V> rows = rows_of(c);
     const int64_t d = part_.first + c;
     const int lanes = states_.lanes(c);
     const V skip = Rows<V>::lanes_of(in_.D, d, lanes), ln2 = V::set1(static_cast<T>(0.6931471805599453));
     T *const ddelta = rows.along_A(), *const du = rows.along_B(), *const dz = rows.y();
+    const Steps<V> us = rows.u(chunk, d, lanes);
+    const auto next_du = Rows<V>::fetch_time(args_.du, next, d);
+    const auto next_ddelta = Rows<V>::fetch_time(args_.ddelta, next, d);
+    const auto next_dz = Rows<V>::fetch_time(args_.dz, next, d);
     V sum_D = V::zero(), sum_delta = V::zero();
-    for (int64_t i = 0; i < length * W; i += W) {
-      const V u = V::load(rows.u() + i), along_B = V::load(rows.along_B() + i), raw = V::load(rows.raw_delta() + i);
-      const V grad_y = V::load(rows.grad_y() + i);
-      V slope = V::fma(u, along_B, ln2 * V::load(rows.along_A() + i));
-      if (in_.delta_softplus) slope = slope * V::if_greater(raw, V::set1(20), V::set1(1), sigmoid(raw));
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      next_du.fetch(t), next_ddelta.fetch(t), next_dz.fetch(t);
+      const int64_t i = t * W;
+      const V u = us.at(t), along_B = V::load(rows.along_B() + i), grad_y = V::load(rows.grad_y() + i);
+      const V slope = V::load(rows.slope() + i) * V::fma(u, along_B, ln2 * V::load(rows.along_A() + i));
       sum_delta = sum_delta + slope;
       sum_D = V::fma(grad_y, u, sum_D);
       slope.store(ddelta + i);
       V::fma(V::load(rows.delta() + i), along_B, skip * grad_y).store(du + i);
-      if (given(args_.dz)) {
-        const V y = V::fma(skip, u, V::load(rows.y() + i));
-        (V::load(rows.grad_out() + i) * y * silu_slope(V::load(rows.z() + i))).store(dz + i);
-      }
+      if (want_y_) (V::load(rows.z() + i) * V::fma(skip, u, V::load(rows.y() + i))).store(dz + i);
     }
-    write_time(args_.du, at, d, lanes, begin, length, du);
-    write_time(args_.ddelta, at, d, lanes, begin, length, ddelta);
-    write_time(args_.dz, at, d, lanes, begin, length, dz);
+    write_time(args_.du, chunk, d, lanes, du);
+    write_time(args_.ddelta, chunk, d, lanes, ddelta);
+    write_time(args_.dz, chunk, d, lanes, dz);
     T values[2 * W];
     sum_D.store(values), sum_delta.store(values + W);
     const int64_t row = part_.begin / cut_.sequences * in_.dim + d;
@@ -432,9 +480,8 @@ class BackwardPart {
     }
   }
 
-  static void write_time(const TensorView& view, Sequence at, int64_t d, int lanes, int64_t begin, int64_t length,
-                         const T* rows) {
-    if (given(view)) write_tile<V>(rows, view, Rows<V>::time_tile(view, at, d, begin), lanes, length);
+  static void write_time(const TensorView& view, const Chunk& chunk, int64_t d, int lanes, const T* rows) {
+    if (given(view)) write_tile<V>(rows, view, Rows<V>::time_tile(view, chunk, d), lanes, chunk.length);
   }
 
   // [blocks, N, W] to rows [D, N] of a range.
@@ -479,15 +526,16 @@ class Backward {
   void run() {
     const bool B_varies = !per_channel(in_.B), C_varies = !per_channel(in_.C);
     const int64_t channels = cut_.ranges * in_.dim, steps = cut_.groups * cut_.slices * in_.state * all_times(in_);
-    Buffer<T> dA(channels * in_.state), dB(B_varies ? steps : channels * in_.state);
-    Buffer<T> dC(C_varies ? steps : channels * in_.state);
+    const int64_t lanes = channels * in_.state, B_size = B_varies ? steps : lanes, C_size = C_varies ? steps : lanes;
+    Buffer<T> memory(lanes + B_size + C_size);  // one piece, which malloc keeps where it would give three back
+    T *const dA = memory.get(), *const dB = dA + lanes, *const dC = dB + B_size;
     Buffer<double> dD(channels, 0.0), ddelta_bias(channels, 0.0);
-    const Partial<T> partial{dA.get(), dB.get(), dC.get(), dB.get(), dC.get(), dD.get(), ddelta_bias.get()};
+    const Partial<T> partial{dA, dB, dC, dB, dC, dD.get(), ddelta_bias.get()};
     parallel(empty_ ? 0 : cut_.tasks(), share_,
              [&](int64_t task) { BackwardPart<V>(args_, cut_, part_of(cut_, in_, task), partial).run(); });
-    add_ranges(args_.dA, dA.get());
-    B_varies ? add_slices(args_.dB, in_.B, dB.get()) : add_ranges(args_.dB, dB.get());
-    C_varies ? add_slices(args_.dC, in_.C, dC.get()) : add_ranges(args_.dC, dC.get());
+    add_ranges(args_.dA, dA);
+    B_varies ? add_slices(args_.dB, in_.B, dB) : add_ranges(args_.dB, dB);
+    C_varies ? add_slices(args_.dC, in_.C, dC) : add_ranges(args_.dC, dC);
     add_rows(args_.dD, dD.get());
     add_rows(args_.ddelta_bias, ddelta_bias.get());
   }
@@ -498,10 +546,9 @@ class Backward {
     Cut cut = cut_groups(in);
     const int64_t batch = larger(1, in.batch);
     cut.chunk = larger(1, smaller(longest_sequence(in), longest_chunk));
-    // Partial sums of dB and dC take no more room than a few arrays of the size of u; a slice's rows stay in the cache.
-    const int64_t slices = larger(1, smaller(2 * cut.channels / larger(1, in.state), div_up(24, cut.groups)));
-    cut.slice = smaller(round_up(div_up(cut.channels, slices), V::width),
-                        larger(larger(128, V::width), in.state / 2 / V::width * V::width));
+    // Narrow slices leave partial sums of dB and dC larger than u, wide ones outgrow the cache and are few tasks.
+    const int64_t wanted = round_up(div_up(cut.channels, div_up(12, cut.groups)), V::width);
+    cut.slice = smaller(larger(64, wanted), larger(128, in.state / 2 / V::width * V::width));
     cut.slices = div_up(cut.channels, cut.slice);
     const int64_t wanted_ranges = div_up(64, cut.groups * cut.slices);
     cut.sequences = div_up(batch, smaller(batch, wanted_ranges));
@@ -509,32 +556,36 @@ class Backward {
     return cut;
   }
 
-  // [B, G, N, L] from the partial sums [groups, slices, N, times] of the group.
+  // [entries, G, N, L] from [groups, slices, entries, N, L], where several of the groups may share a projection's
+  // group.
   void add_slices(const TensorView& out, const TensorView& projection, const T* partial) {
     if (!given(out)) return;
-    const int64_t groups = projection.shape[1], parts = empty_ ? 0 : cut_.groups / groups * cut_.slices,
-                  times = all_times(in_);
-    const int64_t batch = in_.offsets ? 1 : in_.batch, length = in_.length, rows = batch * groups * in_.state;
-    parallel(rows, share_, [&](int64_t row) {
-      const int64_t n = row % in_.state, group = row / in_.state % groups, b = row / in_.state / groups;
-      T* const to = static_cast<T*>(out.data) + row * length;
-      const T* const from = partial + (group * parts * in_.state + n) * times + b * length;
-      vectors<V>(length, [&](int64_t t, int count) {
+    const int64_t groups = projection.shape[1], parts = empty_ ? 0 : cut_.groups / groups * cut_.slices;
+    const int64_t entries = entries_of(in_), size = in_.state * in_.length, pieces = div_up(size, piece);
+    parallel(entries * groups * pieces, share_, [&](int64_t task) {
+      const int64_t begin = task % pieces * piece, group = task / pieces % groups, entry = task / pieces / groups;
+      T* const to = static_cast<T*>(out.data) + (entry * groups + group) * size + begin;
+      const T* const from = partial + (group * parts * entries + entry) * size + begin;
+      vectors<V>(smaller(piece, size - begin), [&](int64_t i, int count) {
         V sum = V::zero();
-        for (int64_t p = 0; p < parts; ++p) sum = sum + V::load_first(from + p * in_.state * times + t, count);
-        sum.store_first(to + t, count);
+        for (int64_t p = 0; p < parts; ++p) sum = sum + V::load_first(from + p * entries * size + i, count);
+        sum.store_first(to + i, count);
       });
     });
   }
+  static constexpr int64_t piece = 2048;
 
   // [D, N] from [ranges, D, N].
   void add_ranges(const TensorView& out, const T* partial) {
     if (!given(out)) return;
     const int64_t size = in_.dim * in_.state, ranges = empty_ ? 0 : cut_.ranges;
-    vectors<V>(size, [&](int64_t i, int count) {
-      V sum = V::zero();
-      for (int64_t r = 0; r < ranges; ++r) sum = sum + V::load_first(partial + r * size + i, count);
-      sum.store_first(static_cast<T*>(out.data) + i, count);
+    parallel(in_.dim, share_, [&](int64_t d) {
+      vectors<V>(in_.state, [&](int64_t n, int count) {
+        const int64_t i = d * in_.state + n;
+        V sum = V::zero();
+        for (int64_t r = 0; r < ranges; ++r) sum = sum + V::load_first(partial + r * size + i, count);
+        sum.store_first(static_cast<T*>(out.data) + i, count);
+      });
     });
   }
 
