@@ -3,52 +3,9 @@
 // holds the formulas.
 #pragma once
 
-#include "cases.h"
+#include "inputs.h"
 
 namespace fastlvm::test {
-
-// Sizes of one call: mostly small, sometimes enough to be shared among threads or long with few channels.
-struct Sizes {
-  int64_t batch, dim, length;
-};
-
-inline Sizes draw_sizes(Draws& draw, int64_t width) {
-  switch (draw.pick("kind", {0, 0, 0, 0, 0, 0, 1, 2})) {
-    case 1:  // enough work for several threads
-      return {draw.pick("B large", {1, 2}), draw.pick("D large", {24, 34}),
-              width > 40 ? 33 : draw.pick("L large", {71, 130})};
-    case 2:
-      return {1, draw.pick("D of a long", {1, 2, 6}), draw.pick("L long", {513, 1030})};
-    default:
-      return {draw.pick("B", {0, 1, 1, 2, 3}), draw.pick("D", {0, 1, 2, 4, 6, 17, 18, 33}),
-              draw.pick("L", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70})};
-  }
-}
-
-// The offsets of packed sequences, of which some are empty, in memory of exactly their size; null when not drawn.
-class Offsets {
- public:
-  Offsets(Draws& draw, Sizes& sizes) : memory_(8 * 5, Memory::heap) {
-    if (!draw.coin("packed")) return;
-    const int64_t count = draw.pick("sequences", {0, 1, 2, 4});
-    if (count == 0) sizes.length = 0;
-    given_ = true;
-    sizes.batch = count;
-    std::vector<int64_t> cuts(1, 0);
-    for (int64_t i = 1; i < count; ++i) cuts.push_back(draw.below(sizes.length + 1));
-    if (count > 0) cuts.push_back(sizes.length);
-    std::sort(cuts.begin(), cuts.end());
-    start_ = memory_.data() + memory_.size() - 8 * cuts.size();
-    std::memcpy(start_, cuts.data(), 8 * cuts.size());
-  }
-  const int64_t* get() const { return given_ ? reinterpret_cast<const int64_t*>(start_) : nullptr; }
-  int64_t batch(const Sizes& sizes) const { return given_ ? 1 : sizes.batch; }  // of arrays of time
-
- private:
-  Memory memory_;
-  unsigned char* start_ = nullptr;
-  bool given_ = false;
-};
 
 // The inputs that ssm_scan and ssm_scan_bwd share.
 struct ScanInputs {
@@ -67,17 +24,13 @@ struct ScanInputs {
         D(sizes.dim),
         L(sizes.length),
         softplus(c.draw.coin("softplus")) {
-    const auto positive = [&c] { return 0.02 + c.draw.uniform(); };
     u = &c.input("u", {batch, D, L});
-    if (softplus)
-      delta = &c.input("delta", {batch, D, L}, [&c] { return c.draw.normal(); }, true);
-    else
-      delta = &c.input("delta", {batch, D, L}, positive);
+    delta = &time_steps(c, "delta", {batch, D, L}, softplus);
     z = c.maybe("z", {batch, D, L});
-    A = &c.input("A", {D, N}, [&c] { return -std::exp(c.draw.normal()); }, true);
+    A = &decay(c, {D, N});
     B = &projection(c, "B"), C = &projection(c, "C");
     skip = c.maybe("D skip", {D});
-    bias = c.draw.coin("delta_bias") ? &c.input("delta_bias", {D}, positive) : nullptr;
+    bias = c.draw.coin("delta_bias") ? &time_steps(c, "delta_bias", {D}, false) : nullptr;
     h0 = c.maybe("initial_state", {sizes.batch, D, N});
   }
 
