@@ -26,8 +26,9 @@ struct Tensor {
 
   const char* name;
   Array arrays[3];
-  double tolerance = 0;  // of an output
-  bool cancels = false;  // even in `sizes`: measured by the largest element
+  double tolerance = 0;        // of an output
+  bool cancels = false;        // even in `sizes`: measured by the largest element
+  std::vector<double> before;  // of a state: what it held as drawn
 
   const TensorView& view(Variant variant) const { return arrays[variant].view(); }
 };
@@ -67,13 +68,28 @@ class Case {
   Tensor* maybe(const char* name, const Array::Shape& shape, bool keep_sign = false) {
     return draw.coin(name) ? &input(name, shape, [this] { return draw.normal(); }, keep_sign) : nullptr;
   }
-  Tensor& plain_input(const char* name, const Array::Shape& shape) {  // float32, C-contiguous
-    return add_input(name, shape, DType::f32, Array::contiguous, [this] { return draw.normal(); }, false);
+  Tensor& plain_input(const char* name, const Array::Shape& shape) {  // C-contiguous, float32 (float64)
+    return add_input(
+        name, shape, float64 ? DType::f64 : DType::f32, Array::contiguous, [this] { return draw.normal(); }, false);
   }
 
   Tensor& output(const char* name, const Array::Shape& shape, DType dtype, double tolerance) {
     const auto layout = static_cast<Array::Layout>(draw.pick(std::string(name) + " layout", {0, 1, 2, 3, 4}));
     return add_output(name, shape, dtype, layout, tolerance);
+  }
+  // Read and written in place; what it held is put back before it is written again. `plain` as in plain_input.
+  Tensor& state(const char* name, const Array::Shape& shape, double tolerance, bool plain = false) {
+    Tensor* tensor = nullptr;
+    if (plain) {
+      tensor = &plain_input(name, shape);
+    } else {
+      const auto layout = static_cast<Array::Layout>(draw.pick(std::string(name) + " layout", {0, 1, 2, 3, 4}));
+      tensor = &add_input(name, shape, dtype(name), layout, [this] { return draw.normal(); }, false);
+    }
+    tensor->before = tensor->arrays[drawn].values();
+    tensor->tolerance = tolerance;
+    outputs_.push_back(tensor);
+    return *tensor;
   }
   // C-contiguous, float32 (float64).
   Tensor& dense(const char* name, const Array::Shape& shape, double tolerance) {
@@ -99,7 +115,7 @@ class Case {
       const Memory& memory = tensor->arrays[drawn].memory();
       bytes.emplace_back(memory.data(), memory.data() + memory.size());
       if (!tensor->arrays[drawn].gaps_are_clean()) fail(*tensor, "was written to between its elements");
-      tensor->arrays[drawn].forget();
+      put_back(*tensor);
     }
     set_num_threads(1);
     op(drawn);
@@ -112,6 +128,15 @@ class Case {
     op(exact);
     op(sizes);
     for (const Tensor* tensor : outputs_) compare(*tensor);
+  }
+
+  // After a run: the entries of a state that are not `advanced` are as they were, to the last bit.
+  void expect_left_alone(const Tensor& state, const std::vector<bool>& advanced) const {
+    const std::vector<double> after = state.arrays[drawn].values();
+    for (size_t i = 0; i < after.size(); ++i)
+      if (!advanced[i / (after.size() / advanced.size())] && after[i] != state.before[i])
+        fail(state, "[" + std::to_string(i) + "] of a state that no row advances was " + text(state.before[i]) +
+                        " and is " + text(after[i]));
   }
 
   static constexpr double forward_tolerance = 2e-6, gradient_tolerance = 1e-5;
@@ -147,6 +172,12 @@ class Case {
 
   Tensor& add(const char* name, const Array::Shape& shape, DType dtype, Array::Layout layout) {
     return tensors_.emplace_back(draw, name, shape, dtype, layout);
+  }
+
+  static void put_back(Tensor& tensor) {
+    tensor.arrays[drawn].forget();
+    auto next = tensor.before.begin();
+    if (!tensor.before.empty()) tensor.arrays[drawn].fill([&] { return *next++; });
   }
 
   void compare(const Tensor& tensor) {

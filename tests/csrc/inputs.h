@@ -58,4 +58,11 @@ inline Tensor& decay(Case& c, const Array::Shape& shape) {
   return c.input("A", shape, [&c] { return -std::exp(c.draw.normal()); }, true);
 }
 
+// D of the SSD ops, [H] or [H, P]; null when not drawn.
+inline Tensor* maybe_skip(Case& c, int64_t heads, int64_t dim) {
+  const int64_t rank = c.draw.pick("D rank", {0, 1, 2});
+  if (rank == 0) return nullptr;
+  return rank == 1 ? &c.input("D skip", {heads}) : &c.input("D skip", {heads, dim});
+}
+
 }  // namespace fastlvm::test

@@ -1,9 +1,9 @@
-// The ops of the Kernels table, each as one function that draws a case and runs it. A new op is one more function and
-// one more line in `ops`. Truth is the float64 form of the same source, so a wrong formula is wrong in both: tests/ops
-// holds the formulas.
+// The ops of the Kernels table, each as one function that draws a case and runs it: here and in ops_step.h. A
+// new op is one more function and one more line in `ops`. Truth is the float64 form of the same source, so a wrong
+// formula is wrong in both: tests/ops holds the formulas.
 #pragma once
 
-#include "inputs.h"
+#include "ops_step.h"
 
 namespace fastlvm::test {
 
@@ -178,11 +178,14 @@ struct Op {
   bool float64 = true;  // has a float64 form
 };
 
-// To come with their kernels: ssm_step, causal_conv1d_step, ssd_scan, ssd_scan_bwd, ssd_step.
+// To come with their kernels: ssd_scan, ssd_scan_bwd.
 inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"ssm_scan_bwd", ssm_scan_bwd},
+                         {"ssm_step", ssm_step},
+                         {"ssd_step", ssd_step},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
+                         {"causal_conv1d_step", causal_conv1d_step},
                          {"linear", linear, false}};
 
 // Empty, or what is wrong, in one line with what was drawn; `worst` gets the error as a part of what is allowed.
