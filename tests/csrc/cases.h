@@ -28,6 +28,7 @@ struct Tensor {
   Array arrays[3];
   double tolerance = 0;        // of an output
   bool cancels = false;        // even in `sizes`: measured by the largest element
+  bool decays = false;         // the smaller, the larger its relative error: see Case::logarithms
   std::vector<double> before;  // of a state: what it held as drawn
 
   const TensorView& view(Variant variant) const { return arrays[variant].view(); }
@@ -101,7 +102,7 @@ class Case {
     const TensorView& like = of->view(exact);
     Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank),
                            gradient_tolerance + static_cast<double>(steps) * 0x1p-24);
-    tensor.cancels = cancels;
+    tensor.cancels = cancels, tensor.decays = logarithms;
     return &tensor;
   }
 
@@ -147,6 +148,7 @@ class Case {
  public:
   Draws draw;
   const bool float64;
+  bool logarithms = false;  // decays are exp of a sum, and a gradient's relative error grows with that of the sum
   int64_t steps = 0;  // of a recurrence whose gradient is rounded once a step, alike in each where the step is constant
 
  private:
@@ -193,7 +195,8 @@ class Case {
     const double smallest = dtype == DType::f16 ? 0x1p-24 : dtype == DType::f64 ? 0 : 1e-37;
     for (size_t i = 0; i < want.size(); ++i) {
       if (dtype == DType::f16 && std::fabs(want[i]) > 65000) continue;
-      const double tolerance = float64 ? 1e-13 : tensor.tolerance;
+      double tolerance = float64 ? 1e-13 : tensor.tolerance;
+      if (tensor.decays) tolerance *= 1 + std::max(0.0, -std::log(std::fabs(scale[i]) + 1e-300)) / 16;
       const double allowed = tolerance * std::fabs(scale[i]) + rounding * std::fabs(want[i]) + smallest;
       const double error = std::fabs(got[i] - want[i]);
       if (!(error <= allowed))

@@ -1,8 +1,9 @@
-// The ops of the Kernels table, each as one function that draws a case and runs it: here and in ops_step.h. A
-// new op is one more function and one more line in `ops`. Truth is the float64 form of the same source, so a wrong
+// The ops of the Kernels table, each as one function that draws a case and runs it: here, in ops_ssd.h and ops_step.h.
+// A new op is one more function and one more line in `ops`. Truth is the float64 form of the same source, so a wrong
 // formula is wrong in both: tests/ops holds the formulas.
 #pragma once
 
+#include "ops_ssd.h"
 #include "ops_step.h"
 
 namespace fastlvm::test {
@@ -178,10 +179,11 @@ struct Op {
   bool float64 = true;  // has a float64 form
 };
 
-// To come with their kernels: ssd_scan, ssd_scan_bwd.
 inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"ssm_scan_bwd", ssm_scan_bwd},
                          {"ssm_step", ssm_step},
+                         {"ssd_scan", ssd_scan},
+                         {"ssd_scan_bwd", ssd_scan_bwd},
                          {"ssd_step", ssd_step},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
