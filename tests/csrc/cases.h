@@ -13,9 +13,9 @@
 namespace fastlvm::test {
 
 // A case is computed as drawn, with the instruction set under test; in float64 on contiguous copies, by the scalar
-// kernels; and so on absolute values, where nothing cancels: an element of that result is the sum of the sizes of the
-// terms of the true one, and errors are measured by it. Inputs that set a factor rather than a term (A, delta) keep
-// their sign.
+// kernels or plain loops; and so on absolute values, where nothing cancels: an element of that result is the sum of the
+// sizes of the terms of the true one, and errors are measured by it. Inputs that set a factor rather than a term (A,
+// delta) keep their sign.
 enum Variant { drawn, exact, sizes };
 
 struct Tensor {

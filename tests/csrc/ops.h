@@ -1,6 +1,6 @@
 // The ops of the Kernels table, each as one function that draws a case and runs it: here, in ops_ssd.h and ops_step.h.
-// A new op is one more function and one more line in `ops`. Truth is the float64 form of the same source, so a wrong
-// formula is wrong in both: tests/ops holds the formulas.
+// A new op is one more function and one more line in `ops`. Truth is plain.h, or else the float64 form of the same
+// source: a wrong formula is wrong in both then, and tests/ops holds the formulas.
 #pragma once
 
 #include "ops_ssd.h"
