@@ -224,6 +224,7 @@ class Backward {
 
   void finish_gate(Block<V>& block, const Scratch& s, int64_t head, int64_t t, int64_t tokens, const T* start) {
     if (!given(args_.dz)) return;
+    if (!given(args_.grad_out)) return write_rows(args_.dz, block, head, t, tokens, s.grad_out.get());  // zeros
     block.attend(start, tokens);
     block.add_skip(head, tokens);
     for (int64_t i = 0; i < tokens * block.p(); i += V::width) {

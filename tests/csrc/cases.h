@@ -13,9 +13,9 @@
 namespace fastlvm::test {
 
 // A case is computed as drawn, with the instruction set under test; in float64 on contiguous copies, by the scalar
-// kernels; and so on absolute values, where nothing cancels: an element of that result is the sum of the sizes of the
-// terms of the true one, and errors are measured by it. Inputs that set a factor rather than a term (A, delta) keep
-// their sign.
+// kernels or plain loops; and so on absolute values, where nothing cancels: an element of that result is the sum of the
+// sizes of the terms of the true one, and errors are measured by it. Inputs that set a factor rather than a term (A,
+// delta) keep their sign.
 enum Variant { drawn, exact, sizes };
 
 struct Tensor {
@@ -26,8 +26,10 @@ struct Tensor {
 
   const char* name;
   Array arrays[3];
-  double tolerance = 0;  // of an output
-  bool cancels = false;  // even in `sizes`: measured by the largest element
+  double tolerance = 0;        // of an output
+  bool cancels = false;        // even in `sizes`: measured by the largest element
+  bool decays = false;         // the smaller, the larger its relative error: see Case::logarithms
+  std::vector<double> before;  // of a state: what it held as drawn
 
   const TensorView& view(Variant variant) const { return arrays[variant].view(); }
 };
@@ -67,13 +69,28 @@ class Case {
   Tensor* maybe(const char* name, const Array::Shape& shape, bool keep_sign = false) {
     return draw.coin(name) ? &input(name, shape, [this] { return draw.normal(); }, keep_sign) : nullptr;
   }
-  Tensor& plain_input(const char* name, const Array::Shape& shape) {  // float32, C-contiguous
-    return add_input(name, shape, DType::f32, Array::contiguous, [this] { return draw.normal(); }, false);
+  Tensor& plain_input(const char* name, const Array::Shape& shape) {  // C-contiguous, float32 (float64)
+    return add_input(
+        name, shape, float64 ? DType::f64 : DType::f32, Array::contiguous, [this] { return draw.normal(); }, false);
   }
 
   Tensor& output(const char* name, const Array::Shape& shape, DType dtype, double tolerance) {
     const auto layout = static_cast<Array::Layout>(draw.pick(std::string(name) + " layout", {0, 1, 2, 3, 4}));
     return add_output(name, shape, dtype, layout, tolerance);
+  }
+  // Read and written in place; what it held is put back before it is written again. `plain` as in plain_input.
+  Tensor& state(const char* name, const Array::Shape& shape, double tolerance, bool plain = false) {
+    Tensor* tensor = nullptr;
+    if (plain) {
+      tensor = &plain_input(name, shape);
+    } else {
+      const auto layout = static_cast<Array::Layout>(draw.pick(std::string(name) + " layout", {0, 1, 2, 3, 4}));
+      tensor = &add_input(name, shape, dtype(name), layout, [this] { return draw.normal(); }, false);
+    }
+    tensor->before = tensor->arrays[drawn].values();
+    tensor->tolerance = tolerance;
+    outputs_.push_back(tensor);
+    return *tensor;
   }
   // C-contiguous, float32 (float64).
   Tensor& dense(const char* name, const Array::Shape& shape, double tolerance) {
@@ -85,7 +102,7 @@ class Case {
     const TensorView& like = of->view(exact);
     Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank),
                            gradient_tolerance + static_cast<double>(steps) * 0x1p-24);
-    tensor.cancels = cancels;
+    tensor.cancels = cancels, tensor.decays = logarithms;
     return &tensor;
   }
 
@@ -99,7 +116,7 @@ class Case {
       const Memory& memory = tensor->arrays[drawn].memory();
       bytes.emplace_back(memory.data(), memory.data() + memory.size());
       if (!tensor->arrays[drawn].gaps_are_clean()) fail(*tensor, "was written to between its elements");
-      tensor->arrays[drawn].forget();
+      put_back(*tensor);
     }
     set_num_threads(1);
     op(drawn);
@@ -114,6 +131,15 @@ class Case {
     for (const Tensor* tensor : outputs_) compare(*tensor);
   }
 
+  // After a run: the entries of a state that are not `advanced` are as they were, to the last bit.
+  void expect_left_alone(const Tensor& state, const std::vector<bool>& advanced) const {
+    const std::vector<double> after = state.arrays[drawn].values();
+    for (size_t i = 0; i < after.size(); ++i)
+      if (!advanced[i / (after.size() / advanced.size())] && after[i] != state.before[i])
+        fail(state, "[" + std::to_string(i) + "] of a state that no row advances was " + text(state.before[i]) +
+                        " and is " + text(after[i]));
+  }
+
   static constexpr double forward_tolerance = 2e-6, gradient_tolerance = 1e-5;
 
  private:
@@ -122,6 +148,7 @@ class Case {
  public:
   Draws draw;
   const bool float64;
+  bool logarithms = false;  // decays are exp of a sum, and a gradient's relative error grows with that of the sum
   int64_t steps = 0;  // of a recurrence whose gradient is rounded once a step, alike in each where the step is constant
 
  private:
@@ -149,6 +176,12 @@ class Case {
     return tensors_.emplace_back(draw, name, shape, dtype, layout);
   }
 
+  static void put_back(Tensor& tensor) {
+    tensor.arrays[drawn].forget();
+    auto next = tensor.before.begin();
+    if (!tensor.before.empty()) tensor.arrays[drawn].fill([&] { return *next++; });
+  }
+
   void compare(const Tensor& tensor) {
     const std::vector<double> got = tensor.arrays[drawn].values(), want = tensor.arrays[exact].values();
     std::vector<double> scale = tensor.arrays[sizes].values();
@@ -162,7 +195,8 @@ class Case {
     const double smallest = dtype == DType::f16 ? 0x1p-24 : dtype == DType::f64 ? 0 : 1e-37;
     for (size_t i = 0; i < want.size(); ++i) {
       if (dtype == DType::f16 && std::fabs(want[i]) > 65000) continue;
-      const double tolerance = float64 ? 1e-13 : tensor.tolerance;
+      double tolerance = float64 ? 1e-13 : tensor.tolerance;
+      if (tensor.decays) tolerance *= 1 + std::max(0.0, -std::log(std::fabs(scale[i]) + 1e-300)) / 16;
       const double allowed = tolerance * std::fabs(scale[i]) + rounding * std::fabs(want[i]) + smallest;
       const double error = std::fabs(got[i] - want[i]);
       if (!(error <= allowed))

@@ -1,54 +1,12 @@
-// The ops of the Kernels table, each as one function that draws a case and runs it. A new op is one more function and
-// one more line in `ops`. Truth is the float64 form of the same source, so a wrong formula is wrong in both: tests/ops
-// holds the formulas.
+// The ops of the Kernels table, each as one function that draws a case and runs it: here, in ops_ssd.h and ops_step.h.
+// A new op is one more function and one more line in `ops`. Truth is plain.h, or else the float64 form of the same
+// source: a wrong formula is wrong in both then, and tests/ops holds the formulas.
 #pragma once
 
-#include "cases.h"
+#include "ops_ssd.h"
+#include "ops_step.h"
 
 namespace fastlvm::test {
-
-// Sizes of one call: mostly small, sometimes enough to be shared among threads or long with few channels.
-struct Sizes {
-  int64_t batch, dim, length;
-};
-
-inline Sizes draw_sizes(Draws& draw, int64_t width) {
-  switch (draw.pick("kind", {0, 0, 0, 0, 0, 0, 1, 2})) {
-    case 1:  // enough work for several threads
-      return {draw.pick("B large", {1, 2}), draw.pick("D large", {24, 34}),
-              width > 40 ? 33 : draw.pick("L large", {71, 130})};
-    case 2:
-      return {1, draw.pick("D of a long", {1, 2, 6}), draw.pick("L long", {513, 1030})};
-    default:
-      return {draw.pick("B", {0, 1, 1, 2, 3}), draw.pick("D", {0, 1, 2, 4, 6, 17, 18, 33}),
-              draw.pick("L", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70})};
-  }
-}
-
-// The offsets of packed sequences, of which some are empty, in memory of exactly their size; null when not drawn.
-class Offsets {
- public:
-  Offsets(Draws& draw, Sizes& sizes) : memory_(8 * 5, Memory::heap) {
-    if (!draw.coin("packed")) return;
-    const int64_t count = draw.pick("sequences", {0, 1, 2, 4});
-    if (count == 0) sizes.length = 0;
-    given_ = true;
-    sizes.batch = count;
-    std::vector<int64_t> cuts(1, 0);
-    for (int64_t i = 1; i < count; ++i) cuts.push_back(draw.below(sizes.length + 1));
-    if (count > 0) cuts.push_back(sizes.length);
-    std::sort(cuts.begin(), cuts.end());
-    start_ = memory_.data() + memory_.size() - 8 * cuts.size();
-    std::memcpy(start_, cuts.data(), 8 * cuts.size());
-  }
-  const int64_t* get() const { return given_ ? reinterpret_cast<const int64_t*>(start_) : nullptr; }
-  int64_t batch(const Sizes& sizes) const { return given_ ? 1 : sizes.batch; }  // of arrays of time
-
- private:
-  Memory memory_;
-  unsigned char* start_ = nullptr;
-  bool given_ = false;
-};
 
 // The inputs that ssm_scan and ssm_scan_bwd share.
 struct ScanInputs {
@@ -67,17 +25,13 @@ struct ScanInputs {
         D(sizes.dim),
         L(sizes.length),
         softplus(c.draw.coin("softplus")) {
-    const auto positive = [&c] { return 0.02 + c.draw.uniform(); };
     u = &c.input("u", {batch, D, L});
-    if (softplus)
-      delta = &c.input("delta", {batch, D, L}, [&c] { return c.draw.normal(); }, true);
-    else
-      delta = &c.input("delta", {batch, D, L}, positive);
+    delta = &time_steps(c, "delta", {batch, D, L}, softplus);
     z = c.maybe("z", {batch, D, L});
-    A = &c.input("A", {D, N}, [&c] { return -std::exp(c.draw.normal()); }, true);
+    A = &decay(c, {D, N});
     B = &projection(c, "B"), C = &projection(c, "C");
     skip = c.maybe("D skip", {D});
-    bias = c.draw.coin("delta_bias") ? &c.input("delta_bias", {D}, positive) : nullptr;
+    bias = c.draw.coin("delta_bias") ? &time_steps(c, "delta_bias", {D}, false) : nullptr;
     h0 = c.maybe("initial_state", {sizes.batch, D, N});
   }
 
@@ -225,11 +179,15 @@ struct Op {
   bool float64 = true;  // has a float64 form
 };
 
-// To come with their kernels: ssm_step, causal_conv1d_step, ssd_scan, ssd_scan_bwd, ssd_step.
 inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"ssm_scan_bwd", ssm_scan_bwd},
+                         {"ssm_step", ssm_step},
+                         {"ssd_scan", ssd_scan},
+                         {"ssd_scan_bwd", ssd_scan_bwd},
+                         {"ssd_step", ssd_step},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
+                         {"causal_conv1d_step", causal_conv1d_step},
                          {"linear", linear, false}};
 
 // Empty, or what is wrong, in one line with what was drawn; `worst` gets the error as a part of what is allowed.
