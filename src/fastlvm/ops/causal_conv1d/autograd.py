@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd
+from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.causal_conv1d import reference
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
@@ -93,3 +93,4 @@ causal_conv1d_bwd = _autograd.define(
     setup_context=_save_bwd,
     backward=_double_backward,
 )
+run = _direct.unless_watched(causal_conv1d, _conv)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd
+from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.ssd_scan import reference
 
 _INPUTS = (
@@ -111,3 +111,4 @@ ssd_scan_bwd = _autograd.define(
     setup_context=_save_bwd,
     backward=_double_backward,
 )
+run = _direct.unless_watched(ssd_scan, _scan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd
+from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.ssm_scan import reference
 
 _INPUTS = (
@@ -113,3 +113,4 @@ ssm_scan_bwd = _autograd.define(
     setup_context=_save_bwd,
     backward=_double_backward,
 )
+run = _direct.unless_watched(ssm_scan, _scan)
