@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlvm
+from fastlvm import _C
 
 from . import ssd_cases, steps
 from .cases import Conv, Scan
@@ -90,7 +91,8 @@ def _dispatched(name, inputs):
 
 
 def _equal(got, want):
-    return all(g.dtype == w.dtype and g.stride() == w.stride() and torch.equal(g, w) for g, w in zip(got, want))
+    pairs = list(zip(got, want, strict=True))
+    return all(g.dtype == w.dtype and g.stride() == w.stride() and torch.equal(g, w) for g, w in pairs)
 
 
 @every
@@ -327,3 +329,30 @@ def test_a_torch_without_the_private_functions_dispatches(name, monkeypatch, see
     monkeypatch.setattr("fastlvm.ops._direct._QUIET", ())
     _run(name, _inputs(name))
     assert f"fastlvm::{name}" in seen
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_torch_that_tells_c_nothing_gives_the_same(name, dtype, monkeypatch):
+    inputs = _inputs(name, dtype)
+    want = _run(name, copied(inputs))
+    monkeypatch.setattr("fastlvm.ops._autograd._TOLD_IN_C", False)
+    assert _equal(_run(name, inputs), want)
+
+
+def test_the_extension_refuses_tensors_without_memory():
+    from torch._subclasses import FakeTensorMode
+
+    x, weight, out, state = torch.ones(1, 4, 6), torch.ones(4, 3), torch.empty(1, 4, 6), torch.empty(1, 4, 2)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    for bad in (fake, x.to("meta"), torch._efficientzerotensor(x.shape), torch.func.vmap(lambda v: v)):
+        with pytest.raises((ValueError, RuntimeError, BufferError)):
+            _C.causal_conv1d(bad, weight, None, False, None, out, state, None)
+
+
+def test_a_tensor_can_grow_after_a_call():
+    """A numpy view would have pinned its memory for good."""
+    x = torch.ones(1, 4, 6)
+    fastlvm.causal_conv1d(x, torch.ones(4, 3))
+    assert x.resize_(2, 4, 6).shape == (2, 4, 6)

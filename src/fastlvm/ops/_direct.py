@@ -24,8 +24,8 @@ def unless_watched(op: Callable[..., Any], kernel: Callable[..., Any]) -> Callab
     """`kernel`, called through its custom op `op` wherever anyone could tell the difference.
 
     That is while a gradient is recorded, while torch traces, transforms (vmap, jvp) or profiles, under a mode of torch
-    functions or of dispatch, in forward-mode AD, for a subclass of Tensor, and for a tensor that is not what lies in its
-    memory.
+    functions or of dispatch, in forward-mode AD, for a subclass of Tensor, and for a tensor that its memory alone does
+    not describe.
     """
 
     def call(*args: Any) -> Any:

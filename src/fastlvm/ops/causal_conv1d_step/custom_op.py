@@ -18,8 +18,8 @@ _SCHEMA = "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, 
 
 def _cpu(x, state, weight, bias, silu, state_indices):
     out = _output(x)
-    tensors = [_autograd.plain(t) for t in (x, state, weight, bias)]
-    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), out)
+    *tensors, written = _autograd.plain(x, state, weight, bias, out)
+    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), written)
     _step.tell_autograd(state)
     return out
 

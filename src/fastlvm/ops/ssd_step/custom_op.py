@@ -18,8 +18,8 @@ _SCHEMA = (
 
 def _cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices):
     out = _output(state, x)
-    tensors = [_autograd.plain(t) for t in (state, x, dt, A, B, C, D, z, dt_bias)]
-    _C.ssd_step(*tensors, dt_softplus, _step.plain_indices(state_indices), out)
+    *tensors, written = _autograd.plain(state, x, dt, A, B, C, D, z, dt_bias, out)
+    _C.ssd_step(*tensors, dt_softplus, _step.plain_indices(state_indices), written)
     _step.tell_autograd(state)
     return out
 

@@ -18,8 +18,8 @@ _SCHEMA = (
 
 def _cpu(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices):
     out = _output(state, x)
-    tensors = [_autograd.plain(t) for t in (state, x, delta, A, B, C, D, z, delta_bias)]
-    _C.ssm_step(*tensors, delta_softplus, _step.plain_indices(state_indices), out)
+    *tensors, written = _autograd.plain(state, x, delta, A, B, C, D, z, delta_bias, out)
+    _C.ssm_step(*tensors, delta_softplus, _step.plain_indices(state_indices), written)
     _step.tell_autograd(state)
     return out
 
