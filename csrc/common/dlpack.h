@@ -41,10 +41,10 @@ struct Exchange {
     uint32_t major, minor;
   } version;
   Exchange* previous;
-  void (*allocate)();  // as the two below: of other types, not called here
+  void (*allocate)();  // this and the next two have other types, and are not called here
   void (*export_managed)();
   void (*import_managed)();
-  int (*describe)(void* object, Tensor* tensor);  // may be null; -1 with an exception set; the object keeps what it owns
+  int (*describe)(void* object, Tensor* tensor);  // may be null; not 0 with an exception set; owns nothing
   void (*current_stream)();
 };
 

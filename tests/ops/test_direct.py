@@ -264,6 +264,7 @@ def test_the_compiler_sees_the_op(name):
 
 
 @every
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_holds_the_op(name):
     inputs, lead = _inputs(name), _lead(name)
 
@@ -346,8 +347,8 @@ def test_the_extension_refuses_tensors_without_memory():
     x, weight, out, state = torch.ones(1, 4, 6), torch.ones(4, 3), torch.empty(1, 4, 6), torch.empty(1, 4, 2)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-    for bad in (fake, x.to("meta"), torch._efficientzerotensor(x.shape), torch.func.vmap(lambda v: v)):
-        with pytest.raises((ValueError, RuntimeError, BufferError)):
+    for bad in (fake, x.to("meta"), torch._efficientzerotensor(x.shape)):
+        with pytest.raises((ValueError, RuntimeError), match=r"got an array without memory|tensors on meta"):
             _C.causal_conv1d(bad, weight, None, False, None, out, state, None)
 
 
