@@ -51,6 +51,18 @@ bool fits(const Array& array, std::string_view axes, const Sizes& sizes) {
   return true;
 }
 
+// How objects of this one's type say in C where their memory is; null where the type has no such function.
+decltype(dlpack::Exchange::describe) describe_function(py::handle object) {
+  static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  const py::object capsule = py::reinterpret_steal<py::object>(PyObject_GetAttr(type, attribute));
+  if (!capsule) PyErr_Clear();
+  const char* const name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), name)) return nullptr;
+  const auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  return exchange->version.major == 1 ? exchange->describe : nullptr;
+}
+
 bool empty(const TensorView& view) {
   for (int i = 0; i < view.rank; ++i)
     if (view.shape[i] == 0) return true;
@@ -83,7 +95,8 @@ Array::Array(const char* name, py::handle object, Access access, bool optional) 
          ", wants a numpy array or one with __dlpack__");
   }
   static double nothing;  // torch's empty tensors have no address, and kernels add offsets to what they are given
-  if (!view_.data && empty(view_)) view_.data = &nothing;
+  if (!view_.data && !empty(view_)) fail("got an array without memory, wants one with its elements in memory");
+  if (!view_.data) view_.data = &nothing;
 }
 
 Array::~Array() {
@@ -120,13 +133,22 @@ void Array::from_buffer() {
 }
 
 void Array::from_dlpack(py::handle object) {
-  const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-  if (device.first != dlpack::device_cpu && device.first != dlpack::device_cuda_host)
-    fail("got an array on a device (DLPack type " + std::to_string(device.first) + "), wants one in CPU memory");
-  capsule_ = object.attr("__dlpack__")();
-  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
-  if (!managed) throw py::error_already_set();
-  const dlpack::Tensor& tensor = managed->tensor;
+  const auto check_device = [this](int device) {
+    if (device != dlpack::device_cpu && device != dlpack::device_cuda_host)
+      fail("got an array on a device (DLPack type " + std::to_string(device) + "), wants one in CPU memory");
+  };
+  dlpack::Tensor tensor;
+  if (const auto describe = describe_function(object)) {
+    if (describe(object.ptr(), &tensor) != 0) throw py::error_already_set();
+    owner_ = py::reinterpret_borrow<py::object>(object);
+    check_device(tensor.device.type);
+  } else {
+    check_device(object.attr("__dlpack_device__")().cast<std::pair<int, int>>().first);
+    owner_ = object.attr("__dlpack__")();
+    const auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
+    if (!managed) throw py::error_already_set();
+    tensor = managed->tensor;
+  }
   const dlpack::DataType& type = tensor.dtype;
   const bool is_float = type.code == dlpack::code_float && type.lanes == 1;
   const DType dtype = is_float && type.bits == 32                                              ? DType::f32

@@ -40,7 +40,7 @@ class Array {
   const char* name_;
   TensorView view_;
   Py_buffer buffer_{};
-  pybind11::object capsule_;
+  pybind11::object owner_;
 };
 
 // The sizes that the axes' letters stand for, as in "BDL". It allocates nothing: an op on few elements takes

@@ -1,4 +1,5 @@
-// The structures of DLPack (https://dmlc.github.io/dlpack), version 0.8 ABI: what a "dltensor" capsule points to.
+// The structures of DLPack (https://dmlc.github.io/dlpack): version 0.8 ABI, what a "dltensor" capsule points to, and
+// the table of functions of version 1 that a type offers as __dlpack_c_exchange_api__.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,18 @@ struct ManagedTensor {
   Tensor tensor;
   void* context;
   void (*deleter)(ManagedTensor*);
+};
+
+struct Exchange {
+  struct {
+    uint32_t major, minor;
+  } version;
+  Exchange* previous;
+  void (*allocate)();  // this and the next two have other types, and are not called here
+  void (*export_managed)();
+  void (*import_managed)();
+  int (*describe)(void* object, Tensor* tensor);  // may be null; not 0 with an exception set; owns nothing
+  void (*current_stream)();
 };
 
 }  // namespace fastlvm::dlpack

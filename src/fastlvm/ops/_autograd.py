@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TOLD_IN_C = hasattr(Tensor, "__dlpack_c_exchange_api__")  # where a tensor's memory is; older versions of torch do not
+
 
 def define(
     name: str,
@@ -31,12 +33,13 @@ def define(
     return getattr(torch.ops.fastlvm, name).default
 
 
-def plain(x: Tensor | None) -> Any:
-    """The tensor's memory for the extension, without its autograd history: a numpy view is quicker than DLPack."""
-    if x is None:
-        return None
-    x = x.detach()
-    return x if x.dtype == torch.bfloat16 else x.numpy()
+def plain(*tensors: Tensor | None) -> Sequence[Any]:
+    """What the extension reads and writes the memory of the tensors through, without their autograd history."""
+    return tensors if _TOLD_IN_C else [None if x is None else _view(x.detach()) for x in tensors]
+
+
+def _view(x: Tensor) -> Any:
+    return x if x.dtype == torch.bfloat16 else x.numpy()  # quicker than DLPack's capsules, but numpy has no bfloat16
 
 
 def offsets(cu_seqlens: Tensor | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> N
         TypeError: not an array, another kind than the first, a dtype no kernel takes, float64 beside other floats.
         ValueError: another device than the first.
     """
-    lead = next(iter(named))
-    first = named[lead]
+    lead, first = next(iter(named.items()))
+    plain = _plain_like(first)
     for name, x in named.items():
-        if (x is None and name in optional) or _plain(x, first):
+        if (x is None and name in optional) or plain(x):
             continue
         _check_kind(op, name, x, lead, first)
         _check_dtype(op, name, x, lead, first)
@@ -33,24 +34,20 @@ def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> N
             raise ValueError(f"{op}: {name} is on {here} but {lead} is on {there}; move them to one device")
 
 
-def _plain(x: Any, first: Any) -> bool:
-    """Whether both are arrays of native floats that go together. The checks below cost microseconds each."""
-    if type(x) is not np.ndarray or type(first) is not np.ndarray:
-        return _plain_tensors(x, first)
-    dtype, wanted = x.dtype, first.dtype  # one object per native dtype, but for the odd copy
-    if dtype is _SINGLE or dtype is _HALF:
-        return wanted is _SINGLE or wanted is _HALF
-    return dtype is _DOUBLE and wanted is _DOUBLE
-
-
-def _plain_tensors(x: Any, first: Any) -> bool:
+def _plain_like(first: Any) -> Callable[[Any], bool]:
+    """Whether an array is of native floats that go with those of `first`. The other checks cost microseconds each."""
+    if type(first) is np.ndarray:
+        natives = (_DOUBLE,) if first.dtype == _DOUBLE else (_SINGLE, _HALF)
+        return lambda x: type(x) is np.ndarray and x.dtype in natives
     torch = sys.modules.get("torch")
-    if torch is None or not (isinstance(x, torch.Tensor) and isinstance(first, torch.Tensor)):
-        return False
-    if x.is_nested or x.layout is not torch.strided or x.device != first.device:
-        return False
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return (x.dtype in narrow and first.dtype in narrow) or x.dtype == first.dtype == torch.float64
+    if torch is None or not isinstance(first, torch.Tensor):
+        return lambda x: False
+    Tensor, strided, device = torch.Tensor, torch.strided, first.device
+    double = first.dtype is torch.float64
+    dtypes = (torch.float64,) if double else (torch.float32, torch.bfloat16, torch.float16)
+    return lambda x: (
+        isinstance(x, Tensor) and x.dtype in dtypes and x.layout is strided and not x.is_nested and x.device == device
+    )
 
 
 def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:

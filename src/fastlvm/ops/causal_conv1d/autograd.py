@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd
+from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.causal_conv1d import reference
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
@@ -20,9 +20,9 @@ _GRADS = "(" + ", ".join(["Tensor"] * 4) + ")"
 
 def _conv(x, weight, bias, silu, initial_state, cu_seqlens):
     out, final_state = _outputs(x, weight, bias, silu, initial_state, cu_seqlens)
-    tensors = [_autograd.plain(t) for t in (x, weight, bias)]
-    offsets = _autograd.offsets(cu_seqlens)
-    _C.causal_conv1d(*tensors, silu, _autograd.plain(initial_state), *map(_autograd.plain, (out, final_state)), offsets)
+    *tensors, initial_state = _autograd.plain(x, weight, bias, initial_state)
+    outputs = _autograd.plain(out, final_state)
+    _C.causal_conv1d(*tensors, silu, initial_state, *outputs, _autograd.offsets(cu_seqlens))
     return out, final_state
 
 
@@ -35,8 +35,9 @@ def _outputs(x: Tensor, weight: Tensor, bias: Any, silu: Any, initial_state: Any
 def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, wanted):
     inputs = (x, weight, bias, initial_state)
     buffers = _autograd.gradient_buffers(inputs, wanted)
-    plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.causal_conv1d_bwd(*plain[:-1], silu, plain[-1], *map(_autograd.plain, buffers), _autograd.offsets(cu_seqlens))
+    *tensors, initial_state = _autograd.plain(grad_out, grad_final_state, *inputs)
+    offsets = _autograd.offsets(cu_seqlens)
+    _C.causal_conv1d_bwd(*tensors, silu, initial_state, *_autograd.plain(*buffers), offsets)
     return _autograd.gradients(inputs, buffers)
 
 
@@ -93,3 +94,4 @@ causal_conv1d_bwd = _autograd.define(
     setup_context=_save_bwd,
     backward=_double_backward,
 )
+run = _direct.unless_watched(causal_conv1d, _conv)

@@ -21,7 +21,7 @@ def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: A
     if _arrays.kind(x) == "torch":
         from fastlvm.ops.causal_conv1d import autograd
 
-        return autograd.causal_conv1d(*args)
+        return autograd.run(*args)
     return _conv(*(_native.aligned(a) for a in args))
 
 

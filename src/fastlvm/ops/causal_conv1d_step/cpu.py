@@ -21,7 +21,7 @@ def run(x: Any, state: Any, weight: Any, bias: Any, activation: str | None, stat
     if _arrays.kind(x) == "torch":
         from fastlvm.ops.causal_conv1d_step import custom_op
 
-        return custom_op.causal_conv1d_step(x, state, *rest)
+        return custom_op.run(x, state, *rest)
     return _run(_native.aligned(x), state, *(_native.aligned(a) for a in rest))
 
 

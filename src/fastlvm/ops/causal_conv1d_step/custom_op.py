@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd, _step
+from fastlvm.ops import _autograd, _direct, _step
 
 _SCHEMA = "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, Tensor? state_indices) -> Tensor"
 
 
 def _cpu(x, state, weight, bias, silu, state_indices):
     out = _output(x)
-    tensors = [_autograd.plain(t) for t in (x, state, weight, bias)]
-    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), out)
+    *tensors, written = _autograd.plain(x, state, weight, bias, out)
+    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), written)
     _step.tell_autograd(state)
     return out
 
@@ -29,3 +29,4 @@ def _output(x: Tensor, *rest: Any) -> Tensor:
 
 
 causal_conv1d_step = _step.define("causal_conv1d_step", _SCHEMA, cpu=_cpu, fake=_output)
+run = _direct.unless_watched(causal_conv1d_step, _cpu)

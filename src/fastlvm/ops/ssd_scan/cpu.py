@@ -20,7 +20,7 @@ def run(*args: Any) -> tuple[Any, Any]:
     if _arrays.kind(args[0]) == "torch":
         from fastlvm.ops.ssd_scan import autograd
 
-        return autograd.ssd_scan(*args)
+        return autograd.run(*args)
     return _scan(*(_native.aligned(a) for a in args))
 
 

@@ -20,7 +20,7 @@ def run(state: Any, x: Any, *args: Any) -> Any:
     if _arrays.kind(state) == "torch":
         from fastlvm.ops.ssd_step import custom_op
 
-        return custom_op.ssd_step(state, x, *args)
+        return custom_op.run(state, x, *args)
     return _run(state, *(_native.aligned(a) for a in (x, *args)))
 
 

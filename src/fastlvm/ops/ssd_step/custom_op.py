@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd, _step
+from fastlvm.ops import _autograd, _direct, _step
 
 _SCHEMA = (
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -18,8 +18,8 @@ _SCHEMA = (
 
 def _cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices):
     out = _output(state, x)
-    tensors = [_autograd.plain(t) for t in (state, x, dt, A, B, C, D, z, dt_bias)]
-    _C.ssd_step(*tensors, dt_softplus, _step.plain_indices(state_indices), out)
+    *tensors, written = _autograd.plain(state, x, dt, A, B, C, D, z, dt_bias, out)
+    _C.ssd_step(*tensors, dt_softplus, _step.plain_indices(state_indices), written)
     _step.tell_autograd(state)
     return out
 
@@ -29,3 +29,4 @@ def _output(state: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 ssd_step = _step.define("ssd_step", _SCHEMA, cpu=_cpu, fake=_output)
+run = _direct.unless_watched(ssd_step, _cpu)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlvm import _C
-from fastlvm.ops import _autograd
+from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.ssm_scan import reference
 
 _INPUTS = (
@@ -23,10 +23,9 @@ _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state):
     out, final_state = _empty(u, A, cu_seqlens, return_final_state)
-    tensors = [_autograd.plain(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    offsets = _autograd.offsets(cu_seqlens)
-    last = final_state if return_final_state else None
-    _C.ssm_scan(*tensors, delta_softplus, _autograd.plain(initial_state), *map(_autograd.plain, (out, last)), offsets)
+    *tensors, initial_state = _autograd.plain(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    outputs = _autograd.plain(out, final_state if return_final_state else None)
+    _C.ssm_scan(*tensors, delta_softplus, initial_state, *outputs, _autograd.offsets(cu_seqlens))
     return out, final_state
 
 
@@ -43,10 +42,8 @@ def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_final_state: 
 def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, cu_seqlens, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted)
-    plain = [_autograd.plain(t) for t in (grad_out, grad_final_state, *inputs)]
-    _C.ssm_scan_bwd(
-        *plain[:-1], delta_softplus, plain[-1], *map(_autograd.plain, buffers), _autograd.offsets(cu_seqlens)
-    )
+    *tensors, initial_state = _autograd.plain(grad_out, grad_final_state, *inputs)
+    _C.ssm_scan_bwd(*tensors, delta_softplus, initial_state, *_autograd.plain(*buffers), _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
 
 
@@ -113,3 +110,4 @@ ssm_scan_bwd = _autograd.define(
     setup_context=_save_bwd,
     backward=_double_backward,
 )
+run = _direct.unless_watched(ssm_scan, _scan)

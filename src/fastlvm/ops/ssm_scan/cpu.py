@@ -21,7 +21,7 @@ def run(*args: Any) -> tuple[Any, Any]:
     if _arrays.kind(args[0]) == "torch":
         from fastlvm.ops.ssm_scan import autograd
 
-        return autograd.ssm_scan(*args)
+        return autograd.run(*args)
     aligned = [_native.aligned(a) for a in args]
     return _scan(np.empty_like(aligned[0], subok=False), *aligned)
 
