@@ -69,6 +69,20 @@ inline void check_gradients(std::initializer_list<Expected> arrays, const Sizes&
   }
 }
 
+inline void check_wanted(const Array& gradient, const Array& input) {
+  if (gradient && !input)
+    throw std::invalid_argument(std::string(gradient.name()) + ": got an array, wants None because " + input.name() +
+                                " is None");
+}
+
+// A gradient of any layout, in the dtype of the input it belongs to.
+inline void check_alike(const Array& gradient, const Array& input, const char* axes, const Sizes& sizes) {
+  if (!gradient) return;
+  check_wanted(gradient, input);
+  check_shape(gradient, axes, sizes);
+  check_output(gradient, input.view().dtype);
+}
+
 // The offsets of packed sequences, of batch size 1, and `sizes` with S, the number of sequences, which is B without
 // them.
 inline std::vector<int64_t> read_sequences(py::handle cu_seqlens, const Array& lead, Sizes& sizes) {
@@ -78,12 +92,6 @@ inline std::vector<int64_t> read_sequences(py::handle cu_seqlens, const Array& l
                                 ", wants a batch size of 1 with cu_seqlens");
   sizes['S'] = offsets.empty() ? sizes.at('B') : static_cast<int64_t>(offsets.size()) - 1;
   return offsets;
-}
-
-inline void check_wanted(const Array& gradient, const Array& input) {
-  if (gradient && !input)
-    throw std::invalid_argument(std::string(gradient.name()) + ": got an array, wants None because " + input.name() +
-                                " is None");
 }
 
 }  // namespace fastlvm

@@ -70,7 +70,8 @@ void causal_conv1d_bwd(py::handle grad_out, py::handle grad_final_state, py::han
   check_inputs({{grad, "BDL"}, {grad_last, "SDK"}}, sizes, in.float64());
   check_wanted(to_bias, in.bias);
   check_wanted(to_initial, in.initial_state);
-  check_gradients({{to_x, "BDL"}, {to_weight, "DW"}, {to_bias, "D"}, {to_initial, "SDK"}}, sizes, in.float64());
+  check_alike(to_x, in.x, "BDL", sizes);
+  check_gradients({{to_weight, "DW"}, {to_bias, "D"}, {to_initial, "SDK"}}, sizes, in.float64());
   CausalConv1dBwd args{};
   args.forward = in.args(sizes);
   args.grad_out = grad.view(), args.grad_final_state = grad_last.view();

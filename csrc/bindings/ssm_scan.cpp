@@ -90,12 +90,12 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
   Sizes sizes = in.check();
   check_inputs({{grad, "BDL"}, {grad_last, "SDN"}}, sizes, in.float64());
   check_wanted(to_D, in.D);
-  check_wanted(to_z, in.z);
   check_wanted(to_bias, in.delta_bias);
   check_wanted(to_initial, in.initial_state);
-  check_gradients(
-      {{to_u, "BDL"}, {to_delta, "BDL"}, {to_A, "DN"}, {to_D, "D"}, {to_z, "BDL"}, {to_bias, "D"}, {to_initial, "SDN"}},
-      sizes, in.float64());
+  check_alike(to_u, in.u, "BDL", sizes);
+  check_alike(to_delta, in.delta, "BDL", sizes);
+  check_alike(to_z, in.z, "BDL", sizes);
+  check_gradients({{to_A, "DN"}, {to_D, "D"}, {to_bias, "D"}, {to_initial, "SDN"}}, sizes, in.float64());
   const auto projection_axes = [&](const Array& projection) {
     if (projection.view().rank == 4) sizes['G'] = projection.shape(1);
     return projection.view().rank == 2 ? "DN" : projection.view().rank == 3 ? "BNL" : "BGNL";

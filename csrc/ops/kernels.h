@@ -23,7 +23,9 @@ struct SsmScan {
   TensorView final_state;    // [B, D, N] contiguous, float32 (float64)
 };
 
-// Gradients are contiguous, float32 (float64), of the shape of what they belong to; those not wanted are not given.
+// Gradients have the shape of what they belong to and are contiguous, float32 (float64), but for those of arrays of
+// time in SsmScanBwd and CausalConv1dBwd: du, ddelta, dz and dx have any strides and the dtype of u, delta, z and x.
+// Those not wanted are not given.
 struct SsmScanBwd {
   SsmScan forward;  // out and final_state are not given
   TensorView grad_out, grad_final_state;

@@ -100,8 +100,16 @@ class Case {
   Tensor* gradient(const char* name, const Tensor* of, bool cancels = false) {
     if (!of || !draw.coin(name)) return nullptr;
     const TensorView& like = of->view(exact);
-    Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank),
-                           gradient_tolerance + static_cast<double>(steps) * 0x1p-24);
+    Tensor& tensor = dense(name, Array::Shape(like.shape, like.shape + like.rank), gradient_bound());
+    tensor.cancels = cancels, tensor.decays = logarithms;
+    return &tensor;
+  }
+
+  // The same in the dtype of the input, laid out in any way.
+  Tensor* gradient_alike(const char* name, const Tensor* of, bool cancels = false) {
+    if (!of || !draw.coin(name)) return nullptr;
+    const TensorView& like = of->view(drawn);
+    Tensor& tensor = output(name, Array::Shape(like.shape, like.shape + like.rank), like.dtype, gradient_bound());
     tensor.cancels = cancels, tensor.decays = logarithms;
     return &tensor;
   }
@@ -143,6 +151,8 @@ class Case {
   static constexpr double forward_tolerance = 2e-6, gradient_tolerance = 1e-5;
 
  private:
+  double gradient_bound() const { return gradient_tolerance + static_cast<double>(steps) * 0x1p-24; }
+
   const Kernels& kernels_;
 
  public:

@@ -71,10 +71,10 @@ inline void ssm_scan_bwd(Case& c) {
   c.steps = in.L;
   const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
   const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.N});
-  const Tensor *du = c.gradient("du", in.u), *dA = c.gradient("dA", in.A);
-  const Tensor* ddelta = c.gradient("ddelta", in.delta, true);
+  const Tensor *du = c.gradient_alike("du", in.u), *dA = c.gradient("dA", in.A);
+  const Tensor* ddelta = c.gradient_alike("ddelta", in.delta, true);
   const Tensor *dB = c.gradient("dB", in.B), *dC = c.gradient("dC", in.C), *dD = c.gradient("dD", in.skip);
-  const Tensor *dz = c.gradient("dz", in.z), *ddelta_bias = c.gradient("ddelta_bias", in.bias, true);
+  const Tensor *dz = c.gradient_alike("dz", in.z), *ddelta_bias = c.gradient("ddelta_bias", in.bias, true);
   const Tensor* dinitial = c.gradient("dinitial_state", in.h0);
   c.run([&](Variant v) {
     SsmScanBwd args{};
@@ -137,7 +137,7 @@ inline void causal_conv1d_bwd(Case& c) {
   const ConvInputs in(c);
   const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
   const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.W - 1});
-  const Tensor *dx = c.gradient("dx", in.x), *dweight = c.gradient("dweight", in.weight);
+  const Tensor *dx = c.gradient_alike("dx", in.x), *dweight = c.gradient("dweight", in.weight);
   const Tensor *dbias = c.gradient("dbias", in.bias), *dinitial = c.gradient("dinitial_state", in.h0);
   c.run([&](Variant v) {
     CausalConv1dBwd args{};

@@ -72,6 +72,23 @@ def test_opcheck_of_the_backward(op, case):
     torch.library.opcheck(backward, (out, None, *plain, [i == 0 for i in range(len(wanted))]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("op", "case", "names"), [(fastlvm.ssm_scan, Scan(), ("u", "delta", "z")), (fastlvm.causal_conv1d, Conv(), ("x",))]
+)
+def test_a_channel_last_input_gives_a_channel_last_gradient(op, case, names, dtype):
+    """So that the linear layer before reads it in order; and the values do not depend on the layout."""
+    contiguous, inputs = _leaves(case, dtype), _leaves(case, dtype)
+    for name in names:
+        inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    for given in (contiguous, inputs):
+        op(**given, backend="cpu").float().square().sum().backward()
+    for name in names:
+        grad = inputs[name].grad
+        assert (grad.stride(), grad.dtype) == (inputs[name].stride(), dtype)
+        torch.testing.assert_close(grad, contiguous[name].grad, rtol=0, atol=0)
+
+
 def test_opcheck_with_strides():
     forward, _, args = _raw(fastlvm.ssm_scan, Scan())
     args[0] = args[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

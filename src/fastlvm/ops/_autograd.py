@@ -57,12 +57,20 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def gradient_buffers(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Contiguous buffers in the compute dtype, one for each input whose gradient is wanted, None for the others."""
-    return [
-        torch.empty(x.shape, dtype=state_dtype(x), device=x.device) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
-    ]
+def gradient_buffers(
+    inputs: Sequence[Tensor | None], wanted: Sequence[bool], alike: Sequence[int] = ()
+) -> list[Tensor | None]:
+    """Buffers for the gradients that are wanted, None for the others.
+
+    They are contiguous and in the compute dtype, but for those of inputs `alike`: they have the layout and the dtype of
+    their input, so that what comes next in the backward finds them as the forward left them.
+    """
+
+    def buffer(i: int, x: Tensor) -> Tensor:
+        return torch.empty_like(x) if i in alike else torch.empty(x.shape, dtype=state_dtype(x), device=x.device)
+
+    pairs = enumerate(zip(inputs, wanted, strict=True))
+    return [buffer(i, x) if want and x is not None else None for i, (x, want) in pairs]
 
 
 def gradients(inputs: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -78,14 +86,12 @@ def gradients(inputs: Sequence[Tensor | None], buffers: Sequence[Tensor | None])
     )
 
 
-def fake_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(
+    inputs: Sequence[Tensor | None], wanted: Sequence[bool], alike: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
     """What `gradients` returns, without data."""
-    lead = inputs[0]
-    assert lead is not None
-    return tuple(
-        x.new_empty(x.shape) if want and x is not None else lead.new_empty(0)
-        for x, want in zip(inputs, wanted, strict=True)
-    )
+    buffers = gradient_buffers(inputs, wanted, alike)
+    return gradients(inputs, buffers)
 
 
 def or_none(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:

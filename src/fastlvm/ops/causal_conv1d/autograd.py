@@ -15,6 +15,7 @@ from fastlvm.ops import _autograd, _direct
 from fastlvm.ops.causal_conv1d import reference
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
+_ALIKE = (0,)  # x
 _GRADS = "(" + ", ".join(["Tensor"] * 4) + ")"
 
 
@@ -34,7 +35,7 @@ def _outputs(x: Tensor, weight: Tensor, bias: Any, silu: Any, initial_state: Any
 
 def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, wanted):
     inputs = (x, weight, bias, initial_state)
-    buffers = _autograd.gradient_buffers(inputs, wanted)
+    buffers = _autograd.gradient_buffers(inputs, wanted, _ALIKE)
     *tensors, initial_state = _autograd.plain(grad_out, grad_final_state, *inputs)
     offsets = _autograd.offsets(cu_seqlens)
     _C.causal_conv1d_bwd(*tensors, silu, initial_state, *_autograd.plain(*buffers), offsets)
@@ -42,7 +43,7 @@ def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, 
 
 
 def _fake_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, wanted):
-    return _autograd.fake_gradients((x, weight, bias, initial_state), wanted)
+    return _autograd.fake_gradients((x, weight, bias, initial_state), wanted, _ALIKE)
 
 
 def _save(ctx, inputs, output):

@@ -18,6 +18,7 @@ _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens"
 )
+_ALIKE = (0, 1, 6)  # u, delta and z
 _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
@@ -41,7 +42,7 @@ def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_final_state: 
 
 def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, cu_seqlens, wanted = _split(args)
-    buffers = _autograd.gradient_buffers(inputs, wanted)
+    buffers = _autograd.gradient_buffers(inputs, wanted, _ALIKE)
     *tensors, initial_state = _autograd.plain(grad_out, grad_final_state, *inputs)
     _C.ssm_scan_bwd(*tensors, delta_softplus, initial_state, *_autograd.plain(*buffers), _autograd.offsets(cu_seqlens))
     return _autograd.gradients(inputs, buffers)
@@ -49,7 +50,7 @@ def _scan_bwd(grad_out, grad_final_state, *args):
 
 def _fake_bwd(grad_out, grad_final_state, *args):
     inputs, _, _, wanted = _split(args)
-    return _autograd.fake_gradients(inputs, wanted)
+    return _autograd.fake_gradients(inputs, wanted, _ALIKE)
 
 
 def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | None, list[bool]]:
