@@ -53,6 +53,13 @@ struct ScanInputs {
   }
 };
 
+// See SsmScan.
+void check_checkpoints(const Array& checkpoints, Sizes sizes, bool packed, bool float64) {
+  const int64_t length = sizes.at('L'), up = length + checkpoint_steps - 1;
+  sizes['R'] = packed ? length / checkpoint_steps + sizes.at('S') : sizes.at('B') * (up / checkpoint_steps);
+  check_gradients({{checkpoints, "RND"}}, sizes, float64);
+}
+
 // [B, D, L], or the last tokens alone where the sequences are not packed.
 void check_outputs_wanted(const Array& out, const Sizes& sizes, bool packed) {
   Sizes wanted = sizes;
@@ -62,15 +69,17 @@ void check_outputs_wanted(const Array& out, const Sizes& sizes, bool packed) {
 
 void ssm_scan(py::handle u, py::handle delta, py::handle A, py::handle B, py::handle C, py::handle D, py::handle z,
               py::handle delta_bias, bool delta_softplus, py::handle initial_state, py::handle out,
-              py::handle final_state, py::handle cu_seqlens) {
+              py::handle final_state, py::handle cu_seqlens, py::handle checkpoints) {
   ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   const Array result("out", out, Access::write), last("final_state", final_state, Access::write, optional);
+  const Array kept("checkpoints", checkpoints, Access::write, optional);
   const Sizes sizes = in.check();
   check_outputs_wanted(result, sizes, !in.offsets.empty());
   check_output(result, in.u.view().dtype);
   check_gradients({{last, "SDN"}}, sizes, in.float64());
+  check_checkpoints(kept, sizes, !in.offsets.empty(), in.float64());
   SsmScan args = in.args(sizes);
-  args.out = result.view(), args.final_state = last.view();
+  args.out = result.view(), args.final_state = last.view(), args.checkpoints = kept.view();
   call_without_gil(active_kernels().ssm_scan, args);
 }
 
@@ -78,10 +87,11 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
                   py::handle B, py::handle C, py::handle D, py::handle z, py::handle delta_bias, bool delta_softplus,
                   py::handle initial_state, py::handle du, py::handle ddelta, py::handle dA, py::handle dB,
                   py::handle dC, py::handle dD, py::handle dz, py::handle ddelta_bias, py::handle dinitial_state,
-                  py::handle cu_seqlens) {
+                  py::handle cu_seqlens, py::handle checkpoints) {
   ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   const Array grad("grad_out", grad_out, Access::read, optional);
   const Array grad_last("grad_final_state", grad_final_state, Access::read, optional);
+  const Array kept("checkpoints", checkpoints, Access::read, optional);
   const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::write, optional); };
   const Array to_u = output("du", du), to_delta = output("ddelta", ddelta), to_A = output("dA", dA);
   const Array to_B = output("dB", dB), to_C = output("dC", dC), to_D = output("dD", dD), to_z = output("dz", dz);
@@ -89,6 +99,7 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
 
   Sizes sizes = in.check();
   check_inputs({{grad, "BDL"}, {grad_last, "SDN"}}, sizes, in.float64());
+  check_checkpoints(kept, sizes, !in.offsets.empty(), in.float64());
   check_wanted(to_D, in.D);
   check_wanted(to_bias, in.delta_bias);
   check_wanted(to_initial, in.initial_state);
@@ -105,6 +116,7 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
 
   SsmScanBwd args{};
   args.forward = in.args(sizes);
+  args.forward.checkpoints = kept.view();
   args.grad_out = grad.view(), args.grad_final_state = grad_last.view();
   args.du = to_u.view(), args.ddelta = to_delta.view(), args.dA = to_A.view(), args.dB = to_B.view();
   args.dC = to_C.view(), args.dD = to_D.view(), args.dz = to_z.view();
@@ -117,12 +129,13 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
 void bind_ssm_scan(py::module_& m) {
   m.def("ssm_scan", &ssm_scan, py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
         py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("out"),
-        py::arg("final_state"), py::arg("cu_seqlens") = py::none());
+        py::arg("final_state"), py::arg("cu_seqlens") = py::none(), py::arg("checkpoints") = py::none());
   m.def("ssm_scan_bwd", &ssm_scan_bwd, py::arg("grad_out"), py::arg("grad_final_state"), py::arg("u"), py::arg("delta"),
         py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"), py::arg("z"), py::arg("delta_bias"),
         py::arg("delta_softplus"), py::arg("initial_state"), py::arg("du"), py::arg("ddelta"), py::arg("dA"),
         py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"), py::arg("ddelta_bias"), py::arg("dinitial_state"),
-        py::arg("cu_seqlens") = py::none());
+        py::arg("cu_seqlens") = py::none(), py::arg("checkpoints") = py::none());
+  m.attr("checkpoint_steps") = checkpoint_steps;
 }
 
 }  // namespace fastlvm

@@ -21,7 +21,13 @@ struct SsmScan {
   TensorView initial_state;  // [B, D, N]
   TensorView out;            // [B, D, L], or [B, D, L'] for the last L' tokens alone
   TensorView final_state;    // [B, D, N] contiguous, float32 (float64)
+  // The states before every checkpoint_steps-th step of each sequence, written by the forward and, if given, read by
+  // the backward, which else walks every sequence forward first. [R, N, D] contiguous, float32 (float64), with L /
+  // checkpoint_steps rows a sequence, rounded up; of packed sequences rounded down and with one more row a sequence, so
+  // that some rows are not used.
+  TensorView checkpoints;
 };
+inline constexpr int64_t checkpoint_steps = 32;
 
 // Gradients have the shape of what they belong to and are contiguous, float32 (float64), but for those of arrays of
 // time in SsmScanBwd and CausalConv1dBwd: du, ddelta, dz and dx have any strides and the dtype of u, delta, z and x.

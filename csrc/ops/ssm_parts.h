@@ -52,6 +52,13 @@ inline int64_t entries_of(const SsmScan& args) { return args.offsets ? 1 : args.
 inline int64_t all_times(const SsmScan& args) { return entries_of(args) * args.length; }
 inline int64_t first_time(const SsmScan& args, Sequence at) { return at.begin + at.entry * args.length; }
 
+// The row of the states before a chunk of checkpoint_steps steps.
+inline int64_t checkpoint_row(const SsmScan& args, int64_t b, const Chunk& chunk) {
+  const int64_t before =
+      args.offsets ? chunk.at.begin / checkpoint_steps + b : b * div_up(args.length, checkpoint_steps);
+  return before + chunk.begin / checkpoint_steps;
+}
+
 // How one call is cut into tasks.
 struct Cut {
   int64_t groups, channels;        // groups of channels that share both B and C, channels in each
@@ -277,6 +284,15 @@ class States {
       read_tile<V>(tiles + c / V::width * size_, from, tile_of(from, b, c), lanes(c), part_.states);
   }
 
+  // To and from row `row` of the checkpoints.
+  void write_checkpoint(int64_t row) const {
+    each_checkpoint(row, [](T* state, T* checkpoint, int n) { V::load(state).store_first(checkpoint, n); });
+  }
+  void read_checkpoint(int64_t row, T* tiles) const {
+    each_checkpoint(
+        row, [&](T* state, T* checkpoint, int n) { V::load_first(checkpoint, n).store(tiles + (state - h_.get())); });
+  }
+
   void write_final(int64_t b) const { write(args_.final_state, b, h_.get()); }
 
   // Tiles laid out as the states are, to an array [B, D, N].
@@ -284,6 +300,15 @@ class States {
     if (!given(to)) return;
     for (int64_t c = 0; c < part_.count; c += V::width)
       write_tile<V>(tiles + c / V::width * size_, to, tile_of(to, b, c), lanes(c), part_.states);
+  }
+
+  // f(state vector, where it lies among the checkpoints, lanes)
+  template <class F>
+  void each_checkpoint(int64_t row, F f) const {
+    T* const rows = static_cast<T*>(args_.checkpoints.data) + row * args_.state * args_.dim + part_.first;
+    for (int64_t c = 0; c < part_.count; c += V::width)
+      for (int64_t n = 0; n < part_.states; ++n)
+        f(h(c) + n * V::width, rows + (part_.state + n) * args_.dim + c, lanes(c));
   }
 
   // Of an array [B, D, N].

@@ -150,7 +150,7 @@ class Forward {
   static Cut cut_up(const SsmScan& args) {
     Cut cut = cut_groups(args);
     const int64_t batch = larger(1, args.batch), dim = larger(1, args.dim);
-    cut.chunk = larger(1, smaller(longest_sequence(args), 64));
+    cut.chunk = larger(1, smaller(longest_sequence(args), given(args.checkpoints) ? checkpoint_steps : 64));
     // Wide slices: rows of a channel-last array are then read in long pieces. A and the states stay in the cache.
     const int64_t wanted_tasks = 4 * get_num_threads();
     const int64_t fitting = (1 << 16) / (larger(1, args.state) * static_cast<int64_t>(sizeof(T)));
@@ -176,11 +176,16 @@ class Forward {
     for (int64_t b = part.begin; b < part.end; ++b) {
       const Sequence at = sequence_of(args_, b);
       if (is_short(at, B, C)) {
+        if (given(args_.checkpoints)) {
+          states.read_initial(b);
+          states.write_checkpoint(checkpoint_row(args_, b, chunk_at(at, 0)));
+        }
         run_short(part, rows, states, B, C, at, next_of(part, b, 0, at.length));
       } else {
         states.read_initial(b);
         for (int64_t t = 0; t < at.length; t += cut_.chunk) {
           const Chunk chunk = chunk_at(at, t);
+          if (given(args_.checkpoints)) states.write_checkpoint(checkpoint_row(args_, b, chunk));
           run_chunk(part, rows, states, B, C, chunk, next_of(part, b, t, chunk.length));
         }
       }

@@ -31,14 +31,12 @@ class GradRows : public Rows<V> {
   T* rows_;
 };
 
-constexpr int64_t longest_chunk = 32;
-
 // What `Count` states leave behind on their way through a chunk of one block, and the sums over the blocks of a slice
 // that grow on the way back. Rows are [steps, V::width].
 template <class V, int Count>
 struct Trail {
   using T = typename V::scalar;
-  static constexpr int64_t size = (longest_chunk + 1) * V::width;
+  static constexpr int64_t size = (checkpoint_steps + 1) * V::width;
 
   Trail() : memory(4 * Count * size) {}
   T* h() const { return memory.get(); }  // row t: the state before step t
@@ -218,7 +216,7 @@ class BackwardPart {
         blocks_(div_up(part.count, W)),
         rows_(blocks_ * GradRows<V>::count * cut.chunk * W),
         grows_(blocks_),
-        start_(states_.size() * div_up(longest_sequence(in_), cut.chunk)),
+        start_(states_.size() * (given(in_.checkpoints) ? 1 : div_up(longest_sequence(in_), cut.chunk))),
         carry_(states_.size()),
         dA_(states_.size(), T(0)),
         dB_(B_.varies() ? 0 : states_.size(), T(0)),
@@ -242,12 +240,19 @@ class BackwardPart {
     if (short_one && at.length > 0 && run_short({at, 0, at.length}, after)) return;
     const int64_t chunks = div_up(at.length, cut_.chunk), size = states_.size();
     states_.read_initial(b);
-    for (int64_t k = 0; k < chunks; ++k) {
+    for (int64_t k = 0; k < chunks && !given(in_.checkpoints); ++k) {
       copy(start_ + k * size, states_.h(0), size);
       if (k + 1 < chunks) walk_chunk(chunk_at(at, k), chunk_at(at, k + 1));
     }
-    for (int64_t k = chunks - 1; k >= 0; --k)
-      run_chunk(chunk_at(at, k), k > 0 ? chunk_at(at, k - 1) : after, start_ + k * size);
+    for (int64_t k = chunks - 1; k >= 0; --k) {
+      const Chunk chunk = chunk_at(at, k);
+      const T* start = given(in_.checkpoints) ? states_.h(0) : start_ + k * size;
+      if (given(in_.checkpoints) && k > 0) {
+        states_.read_checkpoint(checkpoint_row(in_, b, chunk), start_.get());
+        start = start_.get();
+      }
+      run_chunk(chunk, k > 0 ? chunk_at(at, k - 1) : after, start);
+    }
     states_.write(args_.dinitial_state, b, carry_.get());
   }
 
@@ -312,7 +317,7 @@ class BackwardPart {
 
   template <int Length>
   void run_short(Sequence at) {
-    constexpr int64_t few = longest_chunk / longest_short * at_once;  // states whose sums the trail holds
+    constexpr int64_t few = checkpoint_steps / longest_short * at_once;  // states whose sums the trail holds
     const int64_t blocks = blocks_, tile = part_.states * W;
     const bool want_y = want_y_;
     T *const dB_rows = trail_.dB(), *const dC_rows = trail_.dC();
@@ -344,7 +349,7 @@ class BackwardPart {
   // Rows [count, Length, W] to the partial sums of states from n on.
   template <int Length>
   void emit_short(Sequence at, int64_t n, int64_t count, const T* rows, T* partial) const {
-    T sums[longest_chunk * at_once];
+    T sums[checkpoint_steps * at_once];
     sum_lanes<V>(rows, sums, count * Length);
     for (int64_t i = 0; i < count; ++i) copy(partial + partial_at({at, 0, Length}, n + i), sums + i * Length, Length);
   }
@@ -545,7 +550,7 @@ class Backward {
   static Cut cut_up(const SsmScan& in) {
     Cut cut = cut_groups(in);
     const int64_t batch = larger(1, in.batch);
-    cut.chunk = larger(1, smaller(longest_sequence(in), longest_chunk));
+    cut.chunk = larger(1, smaller(longest_sequence(in), checkpoint_steps));
     // Narrow slices leave partial sums of dB and dC larger than u, wide ones outgrow the cache and are few tasks.
     const int64_t wanted = round_up(div_up(cut.channels, div_up(12, cut.groups)), V::width);
     cut.slice = smaller(larger(64, wanted), larger(128, in.state / 2 / V::width * V::width));

@@ -96,6 +96,10 @@ class Case {
   Tensor& dense(const char* name, const Array::Shape& shape, double tolerance) {
     return add_output(name, shape, float64 ? DType::f64 : DType::f32, Array::contiguous, tolerance);
   }
+  // The same, for what a case hands from one call to another.
+  Tensor& scratch(const char* name, const Array::Shape& shape) {
+    return add(name, shape, float64 ? DType::f64 : DType::f32, Array::contiguous);
+  }
   // A gradient, which belongs to an input that may not have been given.
   Tensor* gradient(const char* name, const Tensor* of, bool cancels = false) {
     if (!of || !draw.coin(name)) return nullptr;

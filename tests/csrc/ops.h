@@ -71,6 +71,10 @@ inline void ssm_scan_bwd(Case& c) {
   c.steps = in.L;
   const Tensor* grad_out = c.maybe("grad_out", {in.batch, in.D, in.L});
   const Tensor* grad_last = c.maybe("grad_final_state", {in.sizes.batch, in.D, in.N});
+  const int64_t steps = checkpoint_steps, packed_rows = in.L / steps + in.sizes.batch;
+  const int64_t rows = in.offsets.get() ? packed_rows : in.batch * ((in.L + steps - 1) / steps);
+  const Tensor* kept = c.draw.coin("checkpoints") ? &c.scratch("checkpoints", {rows, in.N, in.D}) : nullptr;
+  const Tensor& out = c.scratch("out", {in.batch, in.D, in.L});
   const Tensor *du = c.gradient_alike("du", in.u), *dA = c.gradient("dA", in.A);
   const Tensor* ddelta = c.gradient_alike("ddelta", in.delta, true);
   const Tensor *dB = c.gradient("dB", in.B), *dC = c.gradient("dC", in.C), *dD = c.gradient("dD", in.skip);
@@ -79,6 +83,11 @@ inline void ssm_scan_bwd(Case& c) {
   c.run([&](Variant v) {
     SsmScanBwd args{};
     args.forward = in.args(c, v);
+    if (kept) {
+      args.forward.out = out.view(v), args.forward.checkpoints = kept->view(v);
+      c.kernels(v).ssm_scan(args.forward);
+      args.forward.out = {};
+    }
     args.grad_out = view(grad_out, v), args.grad_final_state = view(grad_last, v);
     args.du = view(du, v), args.ddelta = view(ddelta, v), args.dA = view(dA, v), args.dB = view(dB, v);
     args.dC = view(dC, v), args.dD = view(dD, v), args.dz = view(dz, v), args.ddelta_bias = view(ddelta_bias, v);

@@ -322,11 +322,12 @@ def test_opcheck(op, case, lengths):
     inputs = _inputs(case, lengths)
     forward, backward, args = _raw(op, inputs)
     leaves = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-    state = [True] if op is fastlvm.ssm_scan else []  # return_final_state
-    torch.library.opcheck(forward, (*leaves, *state))
-    cotangents = _cotangents(forward(*args, *state))
+    flags = [True, True] if op is fastlvm.ssm_scan else []  # final state, checkpoints
+    torch.library.opcheck(forward, (*leaves, *flags))
+    out, state, *checkpoints = forward(*args, *flags)
+    cotangents = _cotangents((out, state))
     wanted = [a is not None for a in args[:-1] if not isinstance(a, bool)]
-    torch.library.opcheck(backward, (*cotangents, *args, wanted))
+    torch.library.opcheck(backward, (*cotangents, *args, *checkpoints, wanted))
 
 
 def _flat(op, case, lengths):

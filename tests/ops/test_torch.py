@@ -58,8 +58,8 @@ def _raw(op, case, dtype=torch.float32):
 @pytest.mark.parametrize(("op", "case"), OPS, ids=_id)
 def test_opcheck(op, case):
     forward, _, args = _raw(op, case)
-    for state in [(True,), (False,)] if op is fastlvm.ssm_scan else [()]:  # return_final_state
-        torch.library.opcheck(forward, (*args, *state))
+    for flags in [(True, True), (False, False)] if op is fastlvm.ssm_scan else [()]:  # final state, checkpoints
+        torch.library.opcheck(forward, (*args, *flags))
 
 
 @pytest.mark.parametrize(("op", "case"), [OPS[0], OPS[2], (fastlvm.causal_conv1d, CONVS[0])], ids=_id)
@@ -68,8 +68,33 @@ def test_opcheck_of_the_backward(op, case):
     plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
     wanted = [a is not None for a in args[:-1] if not isinstance(a, bool)]
     out, state = (g for g in case.cotangents())
-    torch.library.opcheck(backward, (out, state, *plain, wanted))
-    torch.library.opcheck(backward, (out, None, *plain, [i == 0 for i in range(len(wanted))]))
+    kept = [None] if op is fastlvm.ssm_scan else []  # checkpoints
+    torch.library.opcheck(backward, (out, state, *plain, *kept, wanted))
+    torch.library.opcheck(backward, (out, None, *plain, *kept, [i == 0 for i in range(len(wanted))]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("state", "kept"), [(5, True), (33, False)])
+def test_checkpoints_of_the_forward_change_no_gradient(state, kept, packed, monkeypatch):
+    from fastlvm.ops.ssm_scan import autograd
+
+    case = Scan(batch=1 if packed else 2, length=70, state=state)
+    offsets = torch.tensor([0, 31, 31, 70], dtype=torch.int32) if packed else None
+
+    def grads():
+        inputs = _leaves(case)
+        if packed:
+            inputs["initial_state"] = torch.zeros(3, *inputs["initial_state"].shape[1:]).requires_grad_()
+        out = fastlvm.ssm_scan(**inputs, cu_seqlens=offsets, backend="cpu")
+        out.square().sum().backward()
+        return [v.grad for v in inputs.values() if isinstance(v, torch.Tensor)]
+
+    inputs = _leaves(case)
+    assert autograd._keeps_checkpoints(inputs["u"], inputs["A"], tuple(inputs.values())) == kept
+    with_checkpoints = grads()
+    monkeypatch.setattr(autograd, "_keeps_checkpoints", lambda *_: False)
+    for got, want in zip(with_checkpoints, grads(), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -22,65 +22,90 @@ _ALIKE = (0, 1, 6)  # u, delta and z
 _GRADS = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state):
-    out, final_state = _empty(u, A, cu_seqlens, return_final_state)
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep=False
+):
+    out, final_state, checkpoints = _empty(u, A, cu_seqlens, return_final_state, keep)
     *tensors, initial_state = _autograd.plain(u, delta, A, B, C, D, z, delta_bias, initial_state)
     outputs = _autograd.plain(out, final_state if return_final_state else None)
-    _C.ssm_scan(*tensors, delta_softplus, initial_state, *outputs, _autograd.offsets(cu_seqlens))
-    return out, final_state
+    kept = _autograd.plain(checkpoints if keep else None)
+    _C.ssm_scan(*tensors, delta_softplus, initial_state, *outputs, _autograd.offsets(cu_seqlens), *kept)
+    return out, final_state, checkpoints
 
 
-def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state):
-    return _empty(u, A, cu_seqlens, return_final_state)
+def _fake(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep=False
+):
+    return _empty(u, A, cu_seqlens, return_final_state, keep)
 
 
-def _empty(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """[B, D, L] laid out as u is, and [B or S, D, N]: an empty tensor stands for a state nobody wants."""
-    shape = (_autograd.sequences(u, cu_seqlens), *A.shape) if return_final_state else (0,)
-    return torch.empty_like(u), u.new_empty(shape, dtype=_autograd.state_dtype(u))
+def _empty(
+    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, return_final_state: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, D, L] laid out as u is, [B or S, D, N] and the checkpoints [·, N, D].
+
+    An empty tensor stands for a state nobody wants and for checkpoints that are not kept.
+    """
+    sequences, dtype = _autograd.sequences(u, cu_seqlens), _autograd.state_dtype(u)
+    final_state = u.new_empty((sequences, *A.shape) if return_final_state else (0,), dtype=dtype)
+    return (
+        torch.empty_like(u),
+        final_state,
+        _empty_checkpoints(u, A, cu_seqlens) if keep else u.new_empty(0, dtype=dtype),
+    )
+
+
+def _empty_checkpoints(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    steps, shape = _C.checkpoint_steps, (A.shape[1], u.shape[1])
+    if cu_seqlens is None:
+        rows = u.shape[0] * ((u.shape[2] + steps - 1) // steps)
+        return u.new_empty((rows, *shape), dtype=_autograd.state_dtype(u))
+    rows = u.shape[2] // steps + _autograd.sequences(u, cu_seqlens)
+    return u.new_zeros((rows, *shape), dtype=_autograd.state_dtype(u))  # not all of them are written
 
 
 def _scan_bwd(grad_out, grad_final_state, *args):
-    inputs, delta_softplus, cu_seqlens, wanted = _split(args)
+    inputs, delta_softplus, cu_seqlens, checkpoints, wanted = _split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted, _ALIKE)
-    *tensors, initial_state = _autograd.plain(grad_out, grad_final_state, *inputs)
-    _C.ssm_scan_bwd(*tensors, delta_softplus, initial_state, *_autograd.plain(*buffers), _autograd.offsets(cu_seqlens))
+    *tensors, initial_state, checkpoints = _autograd.plain(grad_out, grad_final_state, *inputs, checkpoints)
+    offsets = _autograd.offsets(cu_seqlens)
+    _C.ssm_scan_bwd(*tensors, delta_softplus, initial_state, *_autograd.plain(*buffers), offsets, checkpoints)
     return _autograd.gradients(inputs, buffers)
 
 
 def _fake_bwd(grad_out, grad_final_state, *args):
-    inputs, _, _, wanted = _split(args)
+    inputs, *_, wanted = _split(args)
     return _autograd.fake_gradients(inputs, wanted, _ALIKE)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | None, list[bool]]:
-    """The nine tensors that have gradients, the flag between them, the offsets, and which gradients are wanted."""
-    *tensors, delta_softplus, initial_state, cu_seqlens, wanted = args
-    return [*tensors, initial_state], delta_softplus, cu_seqlens, wanted
+def _split(args: tuple[Any, ...]) -> tuple[list[Tensor | None], bool, Tensor | None, Tensor | None, list[bool]]:
+    """The nine tensors that have gradients, the flag between them, offsets, checkpoints, which gradients are wanted."""
+    *tensors, delta_softplus, initial_state, cu_seqlens, checkpoints, wanted = args
+    return [*tensors, initial_state], delta_softplus, cu_seqlens, checkpoints, wanted
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, ctx.return_final_state = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, ctx.return_final_state, keep = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2] if keep else None)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_final_state):
-    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+def _backward(ctx, grad_out, grad_final_state, _):
+    *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
     if not ctx.return_final_state:
         grad_final_state = None
     needs = ctx.needs_input_grad
     wanted = [*needs[:8], needs[9]]
     grads: list[Tensor | None] = [None] * 9
     if grad_out is not None or grad_final_state is not None:
-        args = (*tensors, ctx.delta_softplus, initial_state, cu_seqlens, wanted)
+        args = (*tensors, ctx.delta_softplus, initial_state, cu_seqlens, checkpoints, wanted)
         grads = _autograd.or_none(ssm_scan_bwd(grad_out, grad_final_state, *args), wanted)
-    return (*grads[:8], None, grads[8], None, None)
+    return (*grads[:8], None, grads[8], None, None, None)
 
 
 def _save_bwd(ctx, inputs, output):
     grad_out, grad_final_state, *args = inputs
-    tensors, ctx.delta_softplus, cu_seqlens, ctx.wanted = _split(tuple(args))
+    tensors, ctx.delta_softplus, cu_seqlens, _, ctx.wanted = _split(tuple(args))
     ctx.save_for_backward(grad_out, grad_final_state, *tensors, cu_seqlens)
     ctx.set_materialize_grads(False)
 
@@ -92,12 +117,24 @@ def _double_backward(ctx, *cotangents):
         return reference.scan(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, cu_seqlens)
 
     grads = _autograd.second_order(forward, tensors, (grad_out, grad_final_state), ctx.wanted, cotangents)
-    return (*grads[:-1], None, grads[-1], None, None)
+    return (*grads[:-1], None, grads[-1], None, None, None)
+
+
+def _keeps_checkpoints(u: Tensor, A: Tensor, tensors: tuple[Any, ...]) -> bool:
+    """Whether the forward keeps states for its backward, which else computes all of them again.
+
+    It does where they take no more room than u.
+    """
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        return False
+    # A compiler would take the question for the length as a promise that it stays on one side.
+    more_than_one = torch.compiler.is_compiling() or u.shape[2] > _C.checkpoint_steps
+    return more_than_one and A.shape[1] <= _C.checkpoint_steps
 
 
 ssm_scan = _autograd.define(
     "ssm_scan",
-    f"({_INPUTS}, bool return_final_state) -> (Tensor, Tensor)",
+    f"({_INPUTS}, bool return_final_state, bool keep_checkpoints=False) -> (Tensor, Tensor, Tensor)",
     cpu=_scan,
     fake=_fake,
     setup_context=_save,
@@ -105,10 +142,15 @@ ssm_scan = _autograd.define(
 )
 ssm_scan_bwd = _autograd.define(
     "ssm_scan_bwd",
-    f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
+    f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, Tensor? checkpoints, bool[] wanted) -> {_GRADS}",
     cpu=_scan_bwd,
     fake=_fake_bwd,
     setup_context=_save_bwd,
     backward=_double_backward,
 )
-run = _direct.unless_watched(ssm_scan, _scan)
+_call = _direct.unless_watched(ssm_scan, _scan)
+
+
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    out, final_state, _ = _call(*args, _keeps_checkpoints(args[0], args[2], args))
+    return out, final_state
