@@ -10,7 +10,7 @@ import pytest
 import contenders
 import memory
 from bound import Bound
-from cases import SCANS
+from cases import SCANS, id_of
 from paired import measure, pin
 
 
@@ -30,7 +30,7 @@ def unpinned(threads):
     pin(threads[-1], contenders.BEST)
 
 
-@pytest.mark.parametrize("case", SCANS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", SCANS, ids=id_of)
 @pytest.mark.benchmark(group="ssm_scan")
 def test_scan(case, benchmark, threads, plan, rows, bounds):
     checked = contenders.Checked(case, threads)

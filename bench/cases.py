@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def id_of(case: Scan | Conv | Ssd | Step) -> str:
+    return "-".join([case.op, *map(str, case.shape), "gradient" if case.gradient else "forward"])
+
+
+def _passes(gradient: bool) -> str:
+    return " forward + backward" if gradient else " forward"
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,7 @@ class Scan:
 
     @property
     def title(self) -> str:
-        return f"{self.shape} {'forward + backward' if self.gradient else 'forward'}"
-
-    @property
-    def id(self) -> str:
-        return (
-            f"B{self.batch}-D{self.channels}-L{self.length}-N{self.state}-{'gradient' if self.gradient else 'forward'}"
-        )
+        return f"{self.shape}{_passes(self.gradient)}"
 
     @property
     def array(self) -> int:
@@ -63,6 +66,10 @@ class Scan:
         return torch.from_numpy(rows).transpose(1, 2)
 
 
+def _normal(*sizes: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(len(sizes)).standard_normal(sizes, np.float32))
+
+
 @dataclass(frozen=True)
 class Conv:
     """A call of causal_conv1d in float32 with bias and SiLU: x [B, D, L], weight [D, W]."""
@@ -71,28 +78,79 @@ class Conv:
     channels: int
     length: int
     width: int
+    gradient: bool = False
 
     op = "causal_conv1d"
-    gradient = False
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.batch, self.channels, self.length, self.width
 
     @property
     def title(self) -> str:
-        return f"causal_conv1d ({self.batch}, {self.channels}, {self.length}), width {self.width}"
+        return f"({self.batch}, {self.channels}, {self.length}), width {self.width}{_passes(self.gradient)}"
+
+    def arguments(self) -> dict[str, Any]:
+        """With x channels last in memory."""
+        x = _normal(self.batch, self.length, self.channels).transpose(1, 2)
+        weight, bias = _normal(self.channels, self.width), _normal(self.channels)
+        return {"x": x, "weight": weight, "bias": bias, "activation": "silu"}
+
+
+@dataclass(frozen=True)
+class Ssd:
+    """A call of ssd_scan in float32 with D, z, dt_bias and softplus: x [B, L, H, P], B and C [B, L, 1, N]."""
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+    state: int
+    gradient: bool = False
+
+    op = "ssd_scan"
 
     @property
-    def id(self) -> str:
-        return f"B{self.batch}-D{self.channels}-L{self.length}-W{self.width}"
+    def shape(self) -> tuple[int, ...]:
+        return self.batch, self.length, self.heads, self.dim, self.state
 
-    def tensors(self) -> list[torch.Tensor]:
-        """x, channels last in memory, weight and bias."""
-        rng = np.random.default_rng(0)
-        sizes = ((self.batch, self.length, self.channels), (self.channels, self.width), (self.channels,))
-        x, weight, bias = (torch.from_numpy(rng.standard_normal(size, np.float32)) for size in sizes)
-        return [x.transpose(1, 2), weight, bias]
+    @property
+    def title(self) -> str:
+        return f"{self.shape}{_passes(self.gradient)}"
+
+    def arguments(self) -> dict[str, Any]:
+        rows, heads = (self.batch, self.length), (self.heads,)
+        x, z = (_normal(*rows, self.heads, self.dim) for _ in range(2))
+        B, C = (_normal(*rows, 1, self.state) for _ in range(2))
+        dt, A, D, bias = _normal(*rows, self.heads), -_normal(*heads).exp(), _normal(*heads), _normal(*heads) - 2
+        return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": bias, "dt_softplus": True}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of ssm_step in float32 with D, z, delta_bias and softplus: state [b, D, N], x [b, D]."""
+
+    rows: int
+    channels: int
+    state: int
+
+    op = "ssm_step"
+    gradient = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, self.channels, self.state
+
+    @property
+    def title(self) -> str:
+        return str(self.shape)
+
+    def arguments(self) -> dict[str, Any]:
+        x, delta, z = (_normal(self.rows, self.channels) for _ in range(3))
+        B, C, A = _normal(self.rows, self.state), _normal(self.rows, self.state), _normal(self.channels, self.state)
+        named = {"x": x, "delta": delta, "A": -A.exp(), "B": B, "C": C, "D": _normal(self.channels), "z": z}
+        state, bias = _normal(self.rows, self.channels, self.state), _normal(self.channels) - 2
+        return {"state": state, **named, "delta_bias": bias, "delta_softplus": True}
 
 
 @dataclass(frozen=True)
@@ -133,4 +191,13 @@ SCANS: dict[Scan, tuple[Target, ...]] = dict(
         _scan(Scan(8, 1536, 512, 16, gradient=True), reference=15),
     )
 )
-CONVS = (Conv(1, 1536, 5, 4), Conv(1, 1536, 2048, 4))
+# No target hangs on these.
+OTHERS: tuple[Conv | Ssd | Step, ...] = (
+    Conv(1, 1536, 5, 4),
+    Conv(1, 1536, 2048, 4),
+    Conv(1, 1536, 2048, 4, gradient=True),
+    Ssd(1, 2048, 24, 64, 128),
+    Ssd(1, 2048, 24, 64, 128, gradient=True),
+    Step(1, 1536, 16),
+    Step(64, 1536, 16),
+)

@@ -23,7 +23,7 @@ FORWARD, GRADIENT, RIVAL = 1e-5, 1e-4, 1e-3
 
 OP, NUMPY, KERNEL, COMPUTE, STREAM = "fastlvm", "fastlvm, numpy", "kernel", "bound: compute", "bound: stream"
 TIMED = {
-    OP: "fastlvm.ssm_scan on torch tensors; the final state is not asked for",
+    OP: "the op on torch tensors; a final state is not asked for",
     NUMPY: "the same on numpy arrays",
     KERNEL: "the call into the extension that the op makes, with its outputs allocated once",
     COMPUTE: "compute() of bench/bound.cpp: the exp and the multiply-adds of the scan on registers",

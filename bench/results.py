@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bound import Work, compiler
-from cases import CONVS, SCANS, Conv, Scan
+from cases import OTHERS, SCANS, Conv, Scan, Ssd, Step, id_of
 from contenders import BEST, ISAS, TIMED
 from fastlvm.evaluation.latency import machine
 from paired import Contender, Plan
@@ -29,25 +29,25 @@ class Results:
         self.cases: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, case: Scan | Conv, contenders: Sequence[Contender]) -> None:
+    def add(self, case: Scan | Conv | Ssd | Step, contenders: Sequence[Contender]) -> None:
         described = {"op": case.op, "title": case.title, "shape": case.shape, "gradient": case.gradient}
         if isinstance(case, Scan):
             work = Work.of(case)
             described |= {"exps": work.exps, "megabytes": work.megabytes}
-        self.cases.setdefault(case.id, {}).update(described)
+        self.cases.setdefault(id_of(case), {}).update(described)
         for one in contenders:
             if one.seconds:  # none with --benchmark-disable
-                self.rows.append({"case": case.id, "name": one.name, "isa": one.isa, **_figures(one)})
+                self.rows.append({"case": id_of(case), "name": one.name, "isa": one.isa, **_figures(one)})
 
     def refuse(self, case: Scan, reasons: Mapping[str, str]) -> None:
-        self.rows += [{"case": case.id, "name": name, "reason": reason} for name, reason in reasons.items()]
+        self.rows += [{"case": id_of(case), "name": name, "reason": reason} for name, reason in reasons.items()]
 
     def memory(self, case: Scan, found: Mapping[str, Any]) -> None:
-        self.cases[case.id]["memory"] = dict(found)
+        self.cases[id_of(case)]["memory"] = dict(found)
 
     def complete(self) -> bool:
         """Whether every case has been timed."""
-        return {row["case"] for row in self.rows} >= {case.id for case in (*SCANS, *CONVS)}
+        return {row["case"] for row in self.rows} >= {id_of(case) for case in (*SCANS, *OTHERS)}
 
     def data(self) -> dict[str, Any]:
         return {

@@ -11,9 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import SCANS, Target
+from cases import SCANS, Target, id_of
 
 RIVALS = ("reference", "torch.compile", "transformers", "mambapy")
+OTHERS = {
+    "causal_conv1d": ("fastlvm", "reference", "F.conv1d"),
+    "ssd_scan": ("fastlvm", "reference"),
+    "ssm_step": ("fastlvm", "reference"),
+}
 AVX2_AT_LEAST = 1.5
 ALLOWANCE = 64e6  # bytes
 
@@ -139,19 +144,19 @@ def markdown(data: dict[str, Any]) -> str:
     isas = [(isa, n) for isa in data["isas"] for n in run.threads if isa != "scalar" or n == run.threads[-1]]
     heads = ("shape", *(f"{isa}, {_count(n)}" for isa, n in isas))
     parts.append(_section("The kernel by instruction set, milliseconds", heads, _isas(run, isas)))
-    for threads in run.threads:
-        columns = ("fastlvm", "reference", "F.conv1d")
-        title = f"causal_conv1d, milliseconds a call, {_count(threads)}"
-        parts.append(_section(title, ("shape", *columns), _times(run, "causal_conv1d", columns, threads)))
+    for op, columns in OTHERS.items():
+        for threads in run.threads:
+            title = f"{op}, milliseconds a call, {_count(threads)}"
+            parts.append(_section(title, ("shape", *columns), _times(run, op, columns, threads)))
     parts.append("### What is timed\n\n" + "\n".join(f"- {name}: {what}" for name, what in data["timed"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _targets(run: Run) -> Iterable[Sequence[str]]:
     for case, targets in SCANS.items():
-        if case.id in run.cases:
+        if id_of(case) in run.cases:
             for target in targets:
-                yield case.title, target.text, *verdict(run, case.id, target)
+                yield case.title, target.text, *verdict(run, id_of(case), target)
 
 
 def _times(run: Run, op: str, columns: Sequence[str], threads: int) -> Iterable[Sequence[str]]:
