@@ -9,6 +9,7 @@ import torch
 import fastlvm
 from fastlvm import _C
 
+from .cases import custom_ops
 from .oracle import relative_error
 from .ssd_cases import NAMES, Ssd
 
@@ -31,11 +32,9 @@ def _leaves(case, dtype=torch.float32):
 
 def _raw(case, return_final_state=True):
     """The custom ops and the positional arguments of the forward."""
-    from fastlvm.ops.ssd_scan import autograd
-
     inputs = {"dt_softplus": False, **_leaves(case)}
     names = (*NAMES[:8], "dt_softplus", "initial_state", "cu_seqlens")
-    return autograd.ssd_scan, autograd.ssd_scan_bwd, [*map(inputs.get, names), return_final_state]
+    return *custom_ops("ssd_scan"), [*map(inputs.get, names), return_final_state]
 
 
 @pytest.mark.parametrize("return_final_state", [True, False])
