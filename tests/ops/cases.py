@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +142,9 @@ def gradients(op, case: Scan | Conv, dtype=torch.float32, weights=torch.float32,
     cotangents = [g.to(o.dtype) for o, g in zip(outputs, case.cotangents(), strict=True)]
     grads = torch.autograd.grad(outputs, list(tensors.values()), cotangents, allow_unused=True, materialize_grads=True)
     return [o.detach() for o in outputs], dict(zip(tensors, grads, strict=True))
+
+
+def custom_ops(name: str):
+    """The custom op of that name and its backward, as torch knows them."""
+    importlib.import_module(f"fastlvm.ops.{name}.autograd")  # registers both
+    return getattr(torch.ops.fastlvm, name).default, getattr(torch.ops.fastlvm, f"{name}_bwd").default

@@ -86,9 +86,13 @@ def _double(value):
 
 
 def relative_error(got, want) -> float:
-    """Euclidean norm of the difference over that of the truth; where the truth is 0, the norm of what came instead."""
+    """Euclidean norm of the difference over that of the truth; where the truth is 0, the norm of what came instead.
+
+    A NaN is an infinite error: as NaN it would pass under the max of several errors, which compares it with none.
+    """
     got, want = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for x in (got, want))
     assert got.shape == want.shape, f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     want = want.detach().double()
     norm = float(want.norm())
-    return float((got.detach().double() - want).norm()) / (norm if norm > 0 else 1.0)
+    error = float((got.detach().double() - want).norm()) / (norm if norm > 0 else 1.0)
+    return np.inf if np.isnan(error) else error

@@ -301,31 +301,6 @@ def test_meta_tensors_have_shapes_only(name):
 
 
 @every
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_the_loop_or_an_error(name):
-    inputs, lead = _inputs(name), _lead(name)
-
-    def call(x):
-        return _run(name, copied(inputs) | {lead: x})[0]
-
-    stack = torch.stack([inputs[lead], 2 * inputs[lead]])
-    if name in STEPS:
-        with pytest.raises(RuntimeError, match=f"Batching rule not implemented for fastlvm::{name}"):
-            torch.func.vmap(call)(stack)
-    else:
-        assert torch.equal(torch.func.vmap(call)(stack), torch.stack([call(x) for x in stack]))
-
-
-@every
-def test_jvp_goes_through_the_op(name, seen):
-    inputs, lead = _inputs(name), _lead(name)
-    torch.func.jvp(
-        lambda x: _run(name, copied(inputs) | {lead: x})[0], (inputs[lead],), (torch.ones_like(inputs[lead]),)
-    )
-    assert f"fastlvm::{name}" in seen
-
-
-@every
 def test_a_torch_without_the_private_functions_dispatches(name, monkeypatch, seen):
     monkeypatch.setattr("fastlvm.ops._direct._QUIET", ())
     _run(name, _inputs(name))

@@ -15,7 +15,7 @@ import fastlvm
 from fastlvm import _C
 
 from . import oracle
-from .cases import ALL, Conv, Scan
+from .cases import ALL, Conv, Scan, custom_ops
 from .oracle import relative_error
 from .test_properties import VIEWS, tensor_view
 
@@ -305,15 +305,11 @@ def test_offsets_in_any_memory(backend):
 def _raw(op, inputs):
     """The custom op, its backward, and their positional arguments."""
     if op is fastlvm.ssm_scan:
-        from fastlvm.ops.ssm_scan import autograd
-
         names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state", "cu_seqlens")
         args = [inputs.get(name, False if name == "delta_softplus" else None) for name in names]
-        return autograd.ssm_scan, autograd.ssm_scan_bwd, args
-    from fastlvm.ops.causal_conv1d import autograd
-
+        return *custom_ops("ssm_scan"), args
     rest = ["activation" in inputs, inputs.get("initial_state"), inputs["cu_seqlens"]]
-    return autograd.causal_conv1d, autograd.causal_conv1d_bwd, [*map(inputs.get, ("x", "weight", "bias")), *rest]
+    return *custom_ops("causal_conv1d"), [*map(inputs.get, ("x", "weight", "bias")), *rest]
 
 
 @pytest.mark.parametrize("lengths", [(2, 0, 3), (0,), ()], ids=str)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastlvm.ops import _transforms
 
 _TOLD_IN_C = hasattr(Tensor, "__dlpack_c_exchange_api__")  # where a tensor's memory is; older versions of torch do not
 
@@ -29,8 +31,7 @@ def define(
     torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(full, "cpu", cpu)
     torch.library.register_fake(full, fake)
-    torch.library.register_autograd(full, backward, setup_context=setup_context)
-    return getattr(torch.ops.fastlvm, name).default
+    return _transforms.differentiable(getattr(torch.ops.fastlvm, name).default, setup_context, backward)
 
 
 def plain(*tensors: Tensor | None) -> Sequence[Any]:
@@ -114,29 +115,28 @@ def second_order(
         cotangents: gradients of the loss with respect to the first backward's results; None where there is none.
 
     Returns:
-        Gradients for `[*grad_outputs, *inputs]`; None where an argument is None or does not take part.
+        Gradients for `[*grad_outputs, *inputs]`; None where an argument is None, or all of them.
     """
-    again = torch.is_grad_enabled()  # create_graph: a third derivative may follow
-    with torch.enable_grad():
-        # Aliases: gradients stop at them, while a graph for a third derivative still reaches the originals.
-        xs, gs = ([None if t is None else _alias(t) for t in group] for group in (inputs, grad_outputs))
-        asked = [(x, v) for x, want, v in zip(xs, wanted, cotangents, strict=True) if want and v is not None]
-        first = _grad(zip(forward(*xs), gs, strict=True), [x for x, _ in asked], create_graph=True)
-        leaves = [t for t in (*gs, *xs) if t is not None]
-        second = iter(_grad(zip(first, (v for _, v in asked), strict=True), leaves, create_graph=again))
-    return [None if t is None else next(second) for t in (*gs, *xs)]
+    held = [*grad_outputs, *inputs]
+    if not torch.is_grad_enabled():  # without create_graph no third derivative follows
+        held = [None if t is None else t.detach() for t in held]
+    asked = [i for i, want in enumerate(wanted) if want and cotangents[i] is not None]
+    if not asked:
+        return [None] * len(held)
 
+    def first(*leaves: Tensor) -> tuple[Tensor, ...]:
+        each = iter(leaves)
+        given = [None if t is None else next(each) for t in held]
+        gs, xs = given[: len(grad_outputs)], given[len(grad_outputs) :]
 
-def _grad(
-    pairs: Iterable[tuple[Tensor | None, Tensor | None]], inputs: list[Any], *, create_graph: bool
-) -> Sequence[Tensor | None]:
-    """torch.autograd.grad of pairs (output, its gradient), where either may be missing."""
-    kept = [(y, g) for y, g in pairs if y is not None and g is not None and y.requires_grad]
-    if not kept or not inputs:
-        return [None] * len(inputs)
-    outputs, grads = zip(*kept, strict=True)
-    return torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True)
+        def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
+            places = dict(zip(asked, chosen, strict=True))
+            results = forward(*(places.get(i, x) for i, x in enumerate(xs)))
+            return tuple(y for y, g in zip(results, gs, strict=True) if g is not None)
 
+        pull = torch.func.vjp(outputs, *(xs[i] for i in asked))[1]
+        return pull(tuple(g for g in gs if g is not None))
 
-def _alias(x: Tensor) -> Tensor:
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    pull = torch.func.vjp(first, *(t for t in held if t is not None))[1]
+    second = iter(pull(tuple(cotangents[i] for i in asked)))
+    return [None if t is None else next(second) for t in held]

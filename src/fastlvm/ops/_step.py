@@ -174,11 +174,13 @@ def define(name: str, schema: str, *, cpu: Callable[..., Tensor], fake: Callable
     """Register the op `fastlvm::<name>` with its kernel and fake kernel, and return it; the schema marks its state."""
     import torch
 
+    from fastlvm.ops import _transforms
+
     full = f"fastlvm::{name}"
     torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(full, "cpu", cpu)
     torch.library.register_fake(full, fake)
-    return getattr(torch.ops.fastlvm, name).default
+    return _transforms.in_place(getattr(torch.ops.fastlvm, name).default)
 
 
 def plain_indices(indices: Tensor | None) -> Any:
