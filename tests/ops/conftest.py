@@ -30,6 +30,32 @@ def isa(request):
 
 
 @pytest.fixture
+def every_isa():
+    """every_isa() goes through the instruction sets of the cpu backend, each pinned in its turn."""
+    before = _C.isa()
+
+    def turns():
+        for name in _C.isas():
+            _C.set_isa(name)
+            yield name
+
+    yield turns
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def every_backend(every_isa):
+    """every_backend() goes through the backends as `every_isa` does."""
+
+    def turns():
+        yield "reference"
+        for _ in every_isa():
+            yield "cpu"
+
+    return turns
+
+
+@pytest.fixture
 def threads():
     """Number of threads to start from; put back afterwards."""
     before = _C.get_num_threads()

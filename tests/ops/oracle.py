@@ -68,10 +68,10 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None):
 def run(op, inputs: dict, cotangents: tuple | None = None):
     """Outputs of `op` in float64 and, given cotangents of the two outputs, the gradient of every tensor by name."""
     leaves = {k: _double(v) for k, v in inputs.items()}
+    if cotangents is None:
+        return list(op(**leaves)), {}
     tensors = {k: v.requires_grad_() for k, v in leaves.items() if isinstance(v, torch.Tensor)}
     outputs = op(**leaves)
-    if cotangents is None:
-        return [o.detach() for o in outputs], {}
     loss = sum((o * _double(g)).sum() for o, g in zip(outputs, cotangents, strict=True))
     if not loss.requires_grad:  # nothing was computed from anything
         return [o.detach() for o in outputs], {k: torch.zeros_like(v) for k, v in tensors.items()}
@@ -96,3 +96,13 @@ def relative_error(got, want) -> float:
     norm = float(want.norm())
     error = float((got.detach().double() - want).norm()) / (norm if norm > 0 else 1.0)
     return np.inf if np.isnan(error) else error
+
+
+def extremes(names) -> list[tuple[str, float]]:
+    """Each name with NaN and with two of the other values, each of them with several names."""
+    others = [np.inf, -np.inf, 1e38, -1e38, 1e-42]
+    return [
+        (name, value)
+        for i, name in enumerate(names)
+        for value in (np.nan, others[i % len(others)], others[(i + 2) % len(others)])
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -177,6 +178,12 @@ def truth(case: Case, inputs: dict) -> tuple[np.ndarray, np.ndarray]:
         if slot >= 0:
             out[i] = case.row(state[slot], i, **given)
     return out, state
+
+
+@functools.cache
+def basic_truth(case: Case, dtype=torch.float32) -> tuple[np.ndarray, np.ndarray]:
+    """`truth` for the case's own inputs, all of `dtype`."""
+    return truth(case, case.inputs(dtype, dtype))
 
 
 def as_double(value):

@@ -36,7 +36,7 @@ def test_float64_is_exact(case, backend):
     assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize("case", CONVS, ids=str)
+@pytest.mark.parametrize("case", CONVS[1::3], ids=str)
 def test_numpy_matches_the_oracle(case, backend):
     inputs = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in case.inputs().items()}
     out, final = fastlvm.causal_conv1d(**inputs, return_final_state=True, backend=backend)
@@ -85,9 +85,14 @@ def test_two_halves_with_carried_state_are_the_whole(cut, width, backend):
 SIZES = [(40, 5, 4), (40, 4, 3), (40, 8, 2), (40, 9, 1), (33, 70, 4), (16, 70, 6), (40, 1100, 3), (12, 9001, 4)]
 
 
-@pytest.mark.parametrize("layout", ["time", "channel", "both", "neither"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("channels", "length", "width"), SIZES)
+LAYOUTS = ["time", "channel", "both", "neither"]
+DTYPES = [torch.float32, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize(  # every size in every layout; every dtype in each of both
+    ("channels", "length", "width", "dtype", "layout"),
+    [(*size, DTYPES[(i + j) % 3], layout) for i, size in enumerate(SIZES) for j, layout in enumerate(LAYOUTS)],
+)
 def test_vectors_over_channels_and_over_time(channels, length, width, dtype, layout, isa):
     case = Conv(channels=channels, length=length, width=width)
     weights = torch.float64 if dtype == torch.float64 else torch.float32

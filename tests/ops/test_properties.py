@@ -96,14 +96,15 @@ convs = st.builds(
 )
 
 
-def _check(op, truth, inputs, tolerance):
-    outputs = op(**inputs, return_final_state=True, backend="cpu")
+def _check(op, truth, inputs, tolerance, every_isa):
     wants, _ = oracle.run(truth, inputs)
-    for got, want in zip(outputs, wants, strict=True):
-        limit = tolerance if str(got.dtype).removeprefix("torch.") != "float32" else 1e-5
-        # Values are of order one: where a few of them happen to cancel, that is the scale to measure by.
-        floor = max(1.0, want.numel() ** 0.5 / max(float(want.norm()), 1e-30))
-        assert relative_error(got, want) <= limit * floor
+    for isa in every_isa():
+        outputs = op(**inputs, return_final_state=True, backend="cpu")
+        for got, want in zip(outputs, wants, strict=True):
+            limit = tolerance if str(got.dtype).removeprefix("torch.") != "float32" else 1e-5
+            # Values are of order one: where a few of them happen to cancel, that is the scale to measure by.
+            floor = max(1.0, want.numel() ** 0.5 / max(float(want.norm()), 1e-30))
+            assert relative_error(got, want) <= limit * floor, isa
 
 
 @pytest.mark.parametrize(
@@ -114,25 +115,25 @@ def _check(op, truth, inputs, tolerance):
 class TestAnyInput:
     @few
     @given(data=st.data())
-    def test_numpy(self, op, truth, cases, data, isa):
+    def test_numpy(self, op, truth, cases, data, every_isa):
         case = data.draw(cases)
         dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.float64]))
         weights = torch.float64 if dtype == torch.float64 else data.draw(st.sampled_from([torch.float32, dtype]))
         inputs = in_views(case.inputs(dtype, weights, data.draw(st.integers(0, 99))), data, numpy=True)
-        _check(op, truth, inputs, HALF[dtype])
+        _check(op, truth, inputs, HALF[dtype], every_isa)
 
     @few
     @given(data=st.data())
-    def test_torch(self, op, truth, cases, data, isa):
+    def test_torch(self, op, truth, cases, data, every_isa):
         case = data.draw(cases)
         dtype = data.draw(st.sampled_from(list(HALF)))
         weights = torch.float64 if dtype == torch.float64 else data.draw(st.sampled_from([torch.float32, dtype]))
         inputs = in_views(case.inputs(dtype, weights, data.draw(st.integers(0, 99))), data, numpy=False)
-        _check(op, truth, inputs, HALF[dtype])
+        _check(op, truth, inputs, HALF[dtype], every_isa)
 
     @few
     @given(data=st.data())
-    def test_gradients_of_any_view(self, op, truth, cases, data, isa):
+    def test_gradients_of_any_view(self, op, truth, cases, data, every_isa):
         """Strided inputs and cotangents give the gradients of their contiguous copies."""
         case = data.draw(cases)
         inputs = in_views(case.inputs(), data, numpy=False)
@@ -143,9 +144,10 @@ class TestAnyInput:
             outputs = op(**{**inputs, **leaves}, return_final_state=True, backend="cpu")
             return torch.autograd.grad(outputs, list(leaves.values()), [copy(g) for g in cotangents])
 
-        strided = grads(lambda x: x.detach())
-        contiguous = grads(lambda x: x.detach().contiguous())
-        assert all(relative_error(s, c) <= 1e-5 for s, c in zip(strided, contiguous, strict=True))
+        for isa in every_isa():
+            strided = grads(lambda x: x.detach())
+            contiguous = grads(lambda x: x.detach().contiguous())
+            assert all(relative_error(s, c) <= 1e-5 for s, c in zip(strided, contiguous, strict=True)), isa
 
 
 def test_views_show_what_they_say():

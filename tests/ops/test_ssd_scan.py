@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastlvm
 
-from .oracle import relative_error, run
+from .oracle import extremes, relative_error, run
 from .ssd_cases import ALL, GRID, NAMES, TIMED, Ssd, gradients, ssd_oracle, truth
 from .test_properties import VIEWS, few, tensor_view, view
 
@@ -193,7 +193,7 @@ class TestAnyView:
     cases = st.builds(
         lambda groups, heads, **sizes: Ssd(groups=groups, heads=groups * heads, **sizes),
         groups=st.integers(1, 3),
-        heads=st.integers(0, 5),
+        heads=st.integers(0, 2),
         batch=st.integers(0, 2),
         length=st.one_of(st.integers(0, 20), st.just(70)),
         dim=st.one_of(st.integers(0, 20), st.sampled_from([64, 65])),
@@ -203,37 +203,39 @@ class TestAnyView:
     )
 
     @staticmethod
-    def _check(inputs, return_final_state, tolerance):
-        outputs = fastlvm.ssd_scan(**inputs, return_final_state=return_final_state, backend="cpu")
+    def _check(inputs, return_final_state, tolerance, every_isa):
         wants, _ = run(ssd_oracle, inputs)
-        for got, want in zip(outputs if return_final_state else [outputs], wants, strict=False):
-            limit = tolerance if str(got.dtype).removeprefix("torch.") != "float32" else FORWARD
-            floor = max(1.0, want.numel() ** 0.5 / max(float(want.norm()), 1e-30))
-            assert relative_error(got, want) <= limit * floor
+        for isa in every_isa():
+            outputs = fastlvm.ssd_scan(**inputs, return_final_state=return_final_state, backend="cpu")
+            for got, want in zip(outputs if return_final_state else [outputs], wants, strict=False):
+                limit = tolerance if str(got.dtype).removeprefix("torch.") != "float32" else FORWARD
+                floor = max(1.0, want.numel() ** 0.5 / max(float(want.norm()), 1e-30))
+                assert relative_error(got, want) <= limit * floor, isa
 
     @few
     @given(data=st.data())
-    def test_numpy(self, data, isa):
+    def test_numpy(self, data, every_isa):
         case, dtype = data.draw(self.cases), data.draw(st.sampled_from([torch.float32, torch.float16]))
         inputs = {
             k: view(v, data.draw(st.sampled_from(VIEWS))) if isinstance(v, np.ndarray) else v
             for k, v in _numpy(case.inputs(dtype)).items()
         }
-        self._check(inputs, data.draw(st.booleans()), HALF[torch.float16][0] * 2)
+        self._check(inputs, data.draw(st.booleans()), HALF[torch.float16][0] * 2, every_isa)
 
     @few
     @given(data=st.data())
-    def test_torch(self, data, isa):
+    def test_torch(self, data, every_isa):
         case, dtype = data.draw(self.cases), data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
         inputs = {
             k: tensor_view(v, data.draw(st.sampled_from(VIEWS))) if isinstance(v, torch.Tensor) else v
             for k, v in case.inputs(dtype, torch.float64 if dtype == torch.float64 else torch.float32).items()
         }
-        self._check(inputs, data.draw(st.booleans()), 3e-2 if dtype == torch.bfloat16 else 1e-13)
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-13
+        self._check(inputs, data.draw(st.booleans()), tolerance, every_isa)
 
     @few
     @given(data=st.data())
-    def test_gradients(self, data, isa):
+    def test_gradients(self, data, every_isa):
         case = data.draw(self.cases)
         inputs = {
             k: tensor_view(v, data.draw(st.sampled_from(VIEWS))) if isinstance(v, torch.Tensor) else v
@@ -246,9 +248,10 @@ class TestAnyView:
             outputs = fastlvm.ssd_scan(**{**inputs, **leaves}, return_final_state=True, backend="cpu")
             return torch.autograd.grad(outputs, list(leaves.values()), [copy(g) for g in cotangents])
 
-        strided = grads(lambda x: x.detach())
-        contiguous = grads(lambda x: x.detach().contiguous())
-        assert all(torch.equal(s, c) for s, c in zip(strided, contiguous, strict=True))
+        for isa in every_isa():
+            strided = grads(lambda x: x.detach())
+            contiguous = grads(lambda x: x.detach().contiguous())
+            assert all(torch.equal(s, c) for s, c in zip(strided, contiguous, strict=True)), isa
 
 
 def test_inputs_are_left_alone(backend):
@@ -304,8 +307,7 @@ def test_decays_of_any_strength(decay, scale, backend):
     _check_gradients(dict(zip(leaves, grads, strict=True)), true_grads, GRADIENT)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e-42])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "value"), extremes(NAMES))
 def test_extreme_values_do_not_crash_and_stay_in_their_batch(name, value, backend):
     case = Ssd(state=16, length=20)
     inputs = case.inputs()

@@ -9,7 +9,7 @@ import torch
 import fastlvm
 
 from .cases import SCANS, Scan, gradients, truth
-from .oracle import relative_error
+from .oracle import GRADIENTS, extremes, relative_error
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 
@@ -45,7 +45,8 @@ def test_backward_in_several_spans(isa):
     assert max(errors.values()) <= 1e-5, errors
 
 
-@pytest.mark.parametrize("case", SCANS[::3], ids=str)
+# Float64 alone shows where softplus becomes the identity: at 20 the two are 2e-9 apart.
+@pytest.mark.parametrize("case", [*SCANS[::3], Scan(length=7, step=25.0, decay=1e-3)], ids=str)
 def test_float64_is_exact(case, backend):
     (out, final), grads = gradients(fastlvm.ssm_scan, case, torch.float64, torch.float64, backend=backend)
     (true_out, true_final), true_grads = truth(case, torch.float64, torch.float64)
@@ -56,7 +57,7 @@ def test_float64_is_exact(case, backend):
     assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize("case", SCANS, ids=str)
+@pytest.mark.parametrize("case", SCANS[1::3], ids=str)
 def test_numpy_matches_the_oracle(case, backend):
     inputs = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in case.inputs().items()}
     out, final = fastlvm.ssm_scan(**inputs, return_final_state=True, backend=backend)
@@ -90,6 +91,20 @@ def test_half_precision(case, dtype, weights, backend):
         if weights == torch.float32 and name in ("D", "delta_bias", "initial_state"):
             tolerance = (1e-3, 1e-3)
         torch.testing.assert_close(grad.double(), true_grads[name], rtol=tolerance[0], atol=tolerance[1], msg=name)
+
+
+@pytest.mark.parametrize("dtype", list(HALF), ids=str)
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_half_precision_is_rounded_to_nearest(dtype, channel_last, backend):
+    """The tolerances above would let a kernel cut bits off; vectors and what is left of them round by other code."""
+    case = Scan(channels=20, length=9)
+    inputs = case.inputs(dtype)
+    if channel_last:
+        inputs["u"] = inputs["u"].transpose(1, 2).contiguous().transpose(1, 2)
+    out = fastlvm.ssm_scan(**inputs, backend=backend)
+    (true_out, _), _ = truth(case, dtype)
+    half_a_unit = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    torch.testing.assert_close(out.double(), true_out, rtol=1.01 * half_a_unit, atol=1e-5)
 
 
 def test_half_precision_numpy(backend):
@@ -157,8 +172,7 @@ def test_a_channel_last_input_gives_a_channel_last_output():
     assert fastlvm.ssm_scan(**as_numpy, backend="cpu").strides == as_numpy["u"].strides
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e-42])
-@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"])
+@pytest.mark.parametrize(("name", "value"), extremes(GRADIENTS))
 def test_extreme_values_do_not_crash_and_stay_in_their_batch(name, value, backend):
     case = Scan(state=16, length=8)
     inputs = case.inputs()

@@ -9,8 +9,8 @@ import torch
 import fastlvm
 
 from .cases import Scan
-from .oracle import relative_error
-from .steps import SSM, Ssm, advance, as_numpy, truth
+from .oracle import extremes, relative_error
+from .steps import SSM, Ssm, advance, as_numpy, basic_truth, truth
 
 FORWARD = 1e-5
 
@@ -25,7 +25,7 @@ CASES = list(dict.fromkeys(CASES))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case, backend):
     inputs = case.inputs()
-    true_out, true_state = truth(case, inputs)
+    true_out, true_state = basic_truth(case)
     out, state = advance(case, inputs, backend=backend)
     assert out.dtype == torch.float32
     assert relative_error(out, true_out) <= FORWARD
@@ -39,7 +39,7 @@ def test_matches_the_oracle(case, backend):
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_float64_is_exact(case, backend):
     inputs = case.inputs(torch.float64, torch.float64)
-    true_out, true_state = truth(case, inputs)
+    true_out, true_state = basic_truth(case, torch.float64)
     out, state = advance(case, inputs, backend=backend)
     assert out.dtype == torch.float64
     assert relative_error(out, true_out) <= 1e-13
@@ -50,7 +50,7 @@ SCANS = [
     Scan(length=64, state=16),
     Scan(length=33, state=5, B=2, C="bnl", options=("z",)),
     Scan(length=64, state=128, B=4, C=1, step=2.0, options=("delta_softplus", "D")),
-    Scan(length=300, state=16, decay=1e-4),
+    Scan(length=120, state=16, decay=1e-4),
 ]
 
 
@@ -80,12 +80,11 @@ def test_steps_on_both_sides_of_the_softplus_threshold(backend):
     assert relative_error(state, true_state) <= FORWARD
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, 1e-42])
-@pytest.mark.parametrize("name", ["state", "x", "delta", "B", "C", "z"])
+@pytest.mark.parametrize(("name", "value"), extremes(["state", "x", "delta", "B", "C", "z"]))
 def test_extreme_values_do_not_crash_and_stay_in_their_row(name, value, backend):
     case = Ssm(state=19)
     inputs = case.inputs()
-    true_out, true_state = truth(case, inputs)
+    true_out, true_state = basic_truth(case)
     inputs[name][0] = value
     out, state = advance(case, inputs, backend=backend)
     assert relative_error(out[1:], true_out[1:]) <= FORWARD

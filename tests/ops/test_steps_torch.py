@@ -14,7 +14,14 @@ import fastlvm
 from .oracle import relative_error
 from .steps import BASIC, Conv, Ssd, Ssm, advance, copied
 
-steps = pytest.mark.parametrize("case", BASIC, ids=[case.name for case in BASIC])
+SSM, CONV, SSD = BASIC
+
+
+def on(*cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+steps = on(*BASIC)
 CASES = [
     *BASIC,
     Ssm(options=()),
@@ -75,15 +82,14 @@ def _tokens(case, inputs, compiler=None, **options):
 
 
 @steps
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "indexed"])
-def test_compile_traces_the_whole_call(case, indexed):
+def test_compile_traces_the_whole_call(case):
     torch._dynamo.reset()
-    inputs = _with_indices(case) if indexed else case.inputs()
+    inputs = _with_indices(case)
     for eager, compiled in zip(_tokens(case, inputs), _tokens(case, inputs, "aot_eager"), strict=True):
         assert torch.equal(eager, compiled)
 
 
-@steps
+@on(SSD)
 def test_compile_writes_a_strided_state(case):
     torch._dynamo.reset()
     inputs = case.inputs()
@@ -98,7 +104,7 @@ def test_compile_writes_a_strided_state(case):
 
 
 @pytest.mark.slow
-@steps
+@on(SSM)
 def test_compile_with_inductor(case):
     torch._dynamo.reset()
     inputs = _with_indices(case)
@@ -106,7 +112,7 @@ def test_compile_with_inductor(case):
         assert relative_error(compiled, eager) <= 1e-6
 
 
-@steps
+@on(CONV)
 def test_compile_with_dynamic_sizes(case):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -117,8 +123,7 @@ def test_compile_with_dynamic_sizes(case):
         assert torch.equal(inputs["state"], after)
 
 
-@steps
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("case", "backend"), [(SSM, "cpu"), (CONV, "reference")], ids=str)
 def test_compile_with_a_pinned_backend(case, monkeypatch, backend):
     torch._dynamo.reset()
     monkeypatch.setenv("FASTLVM_BACKEND", backend)
@@ -129,7 +134,7 @@ def test_compile_with_a_pinned_backend(case, monkeypatch, backend):
     assert relative_error(inputs["state"], after) <= 1e-6
 
 
-@steps
+@on(SSM)
 def test_compiled_code_refuses_a_bad_index_when_it_runs(case):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
@@ -196,7 +201,7 @@ def test_a_gradient_is_refused(case, name, backend):
     assert torch.equal(inputs["state"], before)
 
 
-@steps
+@on(SSD)
 def test_compile_refuses_a_gradient(case):
     torch._dynamo.reset()
     inputs = case.inputs()
