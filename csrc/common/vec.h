@@ -91,7 +91,6 @@ struct Scalar {
   static Scalar min(Scalar a, Scalar b) { return {a.v < b.v ? a.v : b.v}; }
   static Scalar max(Scalar a, Scalar b) { return {a.v > b.v ? a.v : b.v}; }
   static Scalar abs(Scalar a) { return {a.v < T(0) ? -a.v : a.v}; }
-  static Scalar if_zero(Scalar test, Scalar yes, Scalar no) { return test.v == T(0) ? yes : no; }
   static Scalar if_greater(Scalar a, Scalar b, Scalar yes, Scalar no) { return a.v > b.v ? yes : no; }
   static bool any_greater(Scalar a, Scalar b) { return a.v > b.v; }
 

@@ -35,9 +35,6 @@ struct Vec {
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  static Vec if_zero(Vec test, Vec yes, Vec no) {
-    return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(test.v, _mm256_setzero_ps(), _CMP_EQ_OQ))};
-  }
   static Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
   }

@@ -39,10 +39,12 @@ inline void advance_panel(const SsmStep& args, int64_t i, int64_t slot, int64_t 
       const int64_t d = first + c;
       const T* const A = A_row.read(args.A, offset_of(args.A, d, n), args.A.stride[1], length);
       const T *const B = B_row.row(d, n, length), *const C = C_row.row(d, n, length);
-      const V time = V::set1(delta[c]), in = V::set1(input[c]);
+      const V time = V::set1(delta[c] * static_cast<T>(log2e)), in = V::set1(input[c]);
       y[c] += state_row.update(args.state, offset_of(args.state, slot, d) + n * along, along, length, [&](T* h) {
         return advance<V>(C, h, length, [&](int64_t k, V before, int lanes) {
-          return step(time * load_lanes<V>(A + k, lanes), before, in * load_lanes<V>(B + k, lanes)).state;
+          const V t = time * load_lanes<V>(A + k, lanes);
+          const V kept = are_normal_powers(t) ? times_exp2(before, t) : times_any_exp2(before, t);
+          return V::fma(in, load_lanes<V>(B + k, lanes), kept);
         });
       });
     }
