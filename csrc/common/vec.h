@@ -22,9 +22,12 @@
 #define FASTLVM_INLINE inline __attribute__((always_inline))
 #endif
 
+// An array of vectors stays in registers only if the loops over it are unrolled.
 #if defined(__GNUC__)
+#define FASTLVM_UNROLL _Pragma("GCC unroll 8")
 #define FASTLVM_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else
+#define FASTLVM_UNROLL
 #define FASTLVM_PREFETCH(p) static_cast<void>(p)
 #endif
 
@@ -69,7 +72,6 @@ template <class T>
 struct Scalar {
   using scalar = T;
   static constexpr int width = 1;
-  static constexpr bool converts_f16 = false;
   T v;
 
   static Scalar set1(T x) { return {x}; }

@@ -96,11 +96,6 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(table), power))};
   }
 
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
-
   struct Wide {
     __m256d low, high;
     static Wide load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }

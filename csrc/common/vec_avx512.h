@@ -119,11 +119,6 @@ struct Vec {
       return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
     }
   };
-
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-  }
 };
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -82,9 +82,6 @@ struct Vec {
     return {power(vcvtq_s32_f32(k))};
   }
 
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
-
   struct Wide {
     float64x2_t low, high;
     static Wide load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }

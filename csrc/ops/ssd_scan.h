@@ -225,14 +225,8 @@ class Block {
     }
     const TensorView& out = in_.out;
     const int64_t offset = offset_of(out, entry_, begin_ + t) + head * out.stride[2];
-    const bool in_place = out.stride[3] == 1 && out.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
-    for (int64_t s = 0; s < tokens; ++s) {
-      const int64_t row = offset + s * out.stride[1];
-      if (in_place)
-        copy(static_cast<T*>(out.data) + row, y() + s * p_, in_.dim);
-      else
-        write_row(y() + s * p_, out, row, out.stride[3], in_.dim);
-    }
+    for (int64_t s = 0; s < tokens; ++s)
+      write_row<V>(y() + s * p_, out, offset + s * out.stride[1], out.stride[3], in_.dim);
   }
 
   // States [count, N, P] from [B, H, P, N].
@@ -310,19 +304,8 @@ inline void forward_by_recurrence(const SsdScan& in, Block<V>& block) {
       for (int64_t t = 0; t < tokens; t += 4) {
         const T *const B = block.B() + t * n, *const C = block.C() + t * n, *const input = block.input() + t * p + i;
         T* const y = block.y() + t * p + i;
-        switch (smaller(4, tokens - t)) {
-          case 1:
-            recur<V, 1>(h, B, C, n, decay + t, input, y, p);
-            break;
-          case 2:
-            recur<V, 2>(h, B, C, n, decay + t, input, y, p);
-            break;
-          case 3:
-            recur<V, 3>(h, B, C, n, decay + t, input, y, p);
-            break;
-          default:
-            recur<V, 4>(h, B, C, n, decay + t, input, y, p);
-        }
+        with_constant<4>(smaller(4, tokens - t),
+                         [&](auto count) { recur<V, count.value>(h, B, C, n, decay + t, input, y, p); });
       }
       if (last) copy(last + i * in.state, h, in.state);
     }

@@ -18,7 +18,7 @@ inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t 
   const auto at = [&](const TensorView& view, int64_t row) {
     return offset_of(view, row, head) + first * view.stride[2];
   };
-  const auto write = [&] { write_row(y, args.out, at(args.out, i), args.out.stride[2], count); };
+  const auto write = [&] { write_row<V>(y, args.out, at(args.out, i), args.out.stride[2], count); };
   if (slot < 0) return write();
   read_row<V>(x, args.x, at(args.x, i), args.x.stride[2], count);
   T dt = element<T>(args.dt, offset_of(args.dt, i, head)) + optional_element<T>(args.dt_bias, head);
@@ -38,7 +38,7 @@ inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t 
       y[c] += state_row.update(args.state, offset, along, length, [&](T* h) {
         return advance<V>(C, h, length, [&, in = V::set1(dt * x[c])](int64_t k, V before, int lanes) {
           const V kept = normal ? times(before, decay) : times_any_exp2(before, log_decay);
-          return V::fma(in, load_lanes<V>(B + k, lanes), kept);
+          return V::fma(in, Plain<V>::load(B + k, lanes), kept);
         });
       });
     }
