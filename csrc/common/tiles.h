@@ -137,4 +137,13 @@ inline void write_tile(const typename V::scalar* tile, const TensorView& view, T
   for (int64_t s = 0; s < steps; ++s) write_row<V>(tile + s * pitch, view, at.offset + s * at.step, at.lane, lanes);
 }
 
+// out[c, r] = in[r, c]; rows of the result are padded with zeros to whole vectors.
+template <class V>
+inline void transpose(typename V::scalar* out, int64_t out_pitch, const typename V::scalar* in, int64_t in_pitch,
+                      int64_t rows, int64_t columns) {
+  vectors<V>(rows, [&](int64_t r, int lanes) {
+    read_tile<V>(Plain<V>(), out + r, in + r * in_pitch, {0, in_pitch, 1}, lanes, columns, out_pitch);
+  });
+}
+
 }  // namespace fastlvm::FASTLVM_ISA
