@@ -1,7 +1,6 @@
 // Products of small matrices that lie in the caches, a tile of the result in registers at a time.
 #pragma once
 
-#include "common/inline.h"
 #include "common/rows.h"
 
 namespace fastlvm::FASTLVM_ISA {
@@ -43,7 +42,7 @@ struct Tile {
   V sums[Rows][Columns];
 
   // Rows [begin, end) take one more term; both are known when this is compiled.
-  FASTLVM_ALWAYS_INLINE void add(int begin, int end, const T* a, int64_t a_row, const T* b) {
+  FASTLVM_INLINE void add(int begin, int end, const T* a, int64_t a_row, const T* b) {
     V in[Columns];
     FASTLVM_UNROLL
     for (int c = 0; c < Columns; ++c) in[c] = V::load(b + c * V::width);
@@ -56,7 +55,7 @@ struct Tile {
     }
   }
 
-  FASTLVM_ALWAYS_INLINE void write(const Result<T>& out, int64_t row, int64_t column) const {
+  FASTLVM_INLINE void write(const Result<T>& out, int64_t row, int64_t column) const {
     FASTLVM_UNROLL
     for (int r = 0; r < Rows; ++r) {
       T* const to = out.data + (row + r) * out.pitch + column;
@@ -103,14 +102,9 @@ inline void multiply_columns(int64_t rows, int64_t column, int64_t depth, Left<t
   int64_t row = 0;
   for (; row + tile_rows <= rows; row += tile_rows)
     multiply_tile<V, terms, tile_rows, Columns>(row, column, depth, a, b, out);
-  switch (rows - row) {
-    case 1:
-      return multiply_tile<V, terms, 1, Columns>(row, column, depth, a, b, out);
-    case 2:
-      return multiply_tile<V, terms, 2, Columns>(row, column, depth, a, b, out);
-    case 3:
-      return multiply_tile<V, terms, 3, Columns>(row, column, depth, a, b, out);
-  }
+  if (row < rows)
+    with_constant<tile_rows - 1>(
+        rows - row, [&](auto count) { multiply_tile<V, terms, count.value, Columns>(row, column, depth, a, b, out); });
 }
 
 // `columns` counts elements in whole vectors; a triangular product is square, rows == depth.
@@ -121,29 +115,6 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
   for (; column + tile_columns<V> * V::width <= columns; column += tile_columns<V> * V::width)
     multiply_columns<V, terms, tile_columns<V>>(rows, column, depth, a, b, out);
   for (; column < columns; column += V::width) multiply_columns<V, terms, 1>(rows, column, depth, a, b, out);
-}
-
-// out[c, r] = in[r, c]
-template <class T>
-inline void transpose(T* out, int64_t out_pitch, const T* in, int64_t in_pitch, int64_t rows, int64_t columns) {
-  constexpr int64_t side = 4;  // of tiles that compilers turn round in registers
-  const int64_t whole_rows = rows / side * side, whole_columns = columns / side * side;
-  for (int64_t c = 0; c < whole_columns; c += side)
-    for (int64_t r = 0; r < whole_rows; r += side) {
-      T tile[side][side];
-      FASTLVM_UNROLL
-      for (int i = 0; i < side; ++i) memcpy(tile[i], in + (r + i) * in_pitch + c, sizeof tile[i]);
-      FASTLVM_UNROLL
-      for (int j = 0; j < side; ++j) {
-        T turned[side];
-        FASTLVM_UNROLL
-        for (int i = 0; i < side; ++i) turned[i] = tile[i][j];
-        memcpy(out + (c + j) * out_pitch + r, turned, sizeof turned);
-      }
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      out[c * out_pitch + r] = in[r * in_pitch + c];
 }
 
 }  // namespace fastlvm::FASTLVM_ISA

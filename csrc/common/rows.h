@@ -62,25 +62,70 @@ inline void vectors(int64_t count, F f) {
   for (int64_t i = 0; i < count; i += V::width) f(i, static_cast<int>(smaller(V::width, count - i)));
 }
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// f(Constant<n>()) for n from 1 to Most.
+template <int Most, class F>
+inline void with_constant(int64_t n, F f) {
+  if constexpr (Most > 1)
+    if (n < Most) return with_constant<Most - 1>(n, f);
+  f(Constant<Most>());
+}
+
 inline int64_t offset_of(const TensorView& view, int64_t i, int64_t j) {
   return i * view.stride[0] + j * view.stride[1];
 }
 
 template <class T>
+constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+// Whether the kernel can compute on a row where it lies.
+template <class T>
+inline bool computed_in_place(const TensorView& view, int64_t stride) {
+  return stride == 1 && view.dtype == dtype_of<T>;
+}
+
+template <class T>
+inline T* pointer(const TensorView& view, int64_t offset) {
+  return static_cast<T*>(view.data) + offset;
+}
+
+// Elements of one dtype as vectors: n from p on, the other lanes zero; all of them if n is V::width.
+template <class V>
+struct Plain {
+  using Element = typename V::scalar;
+  static V load(const Element* p, int n) { return n < V::width ? V::load_first(p, n) : V::load(p); }
+  static void store(Element* p, int n, V x) { n < V::width ? x.store_first(p, n) : x.store(p); }
+};
+
+template <class V>
+struct Float16 {
+  using Element = uint16_t;
+  static V load(const Element* p, int n) { return V::load_f16(p, n); }
+  static void store(Element* p, int n, V x) { x.store_f16(p, n); }
+};
+
+template <class V>
+struct Bfloat16 {
+  using Element = uint16_t;
+  static V load(const Element* p, int n) { return V::load_bf16(p, n); }
+  static void store(Element* p, int n, V x) { x.store_bf16(p, n); }
+};
+
+// f(Format{}, pointer to the view's data)
+template <class V, class F>
+inline auto with_format(const TensorView& view, F f) {
+  if (view.dtype == DType::f16) return f(Float16<V>{}, static_cast<uint16_t*>(view.data));
+  if (view.dtype == DType::bf16) return f(Bfloat16<V>{}, static_cast<uint16_t*>(view.data));
+  return f(Plain<V>{}, static_cast<typename V::scalar*>(view.data));
+}
+
+template <class T>
 inline T element(const TensorView& view, int64_t offset) {
-  switch (view.dtype) {
-    case DType::f16:
-      return static_cast<T>(from_f16(static_cast<const uint16_t*>(view.data)[offset]));
-    case DType::bf16:
-      return static_cast<T>(from_bf16(static_cast<const uint16_t*>(view.data)[offset]));
-    case DType::f32:
-      return static_cast<T>(static_cast<const float*>(view.data)[offset]);
-    case DType::f64:
-      return static_cast<T>(static_cast<const double*>(view.data)[offset]);
-    case DType::none:
-      break;
-  }
-  return T(0);
+  return with_format<Scalar<T>>(view, [&](auto format, const auto* data) { return format.load(data + offset, 1).v; });
 }
 
 // Element i of a vector, 0 if it was not given.
@@ -99,68 +144,41 @@ inline void fill_zero(T* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = T(0);
 }
 
-template <class T, class From, class Convert>
-inline void copy_row(T* out, const From* in, int64_t stride, int64_t count, Convert convert) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(convert(in[i]));
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(convert(in[i * stride]));
-  }
+template <class V, class Format>
+inline void read_row(Format format, typename V::scalar* out, const typename Format::Element* in, int64_t count) {
+  constexpr int W = V::width;
+  if (count < W) return format.load(in, static_cast<int>(count)).store_first(out, static_cast<int>(count));
+  for (int64_t i = 0; i + W <= count; i += W) format.load(in + i, W).store(out + i);
+  format.load(in + count - W, W).store(out + count - W);  // again what is there, where no vector ends with the row
 }
 
-// out[i] = element(offset + i * stride) for i < count.
+template <class V, class Format>
+inline void write_row(Format format, const typename V::scalar* in, typename Format::Element* out, int64_t count) {
+  constexpr int W = V::width;
+  if (count < W) return format.store(out, static_cast<int>(count), V::load_first(in, static_cast<int>(count)));
+  for (int64_t i = 0; i + W <= count; i += W) format.store(out + i, W, V::load(in + i));
+  format.store(out + count - W, W, V::load(in + count - W));
+}
+
+// out[i] = element(offset + i * stride) for i < count, zeros if the view was not given.
 template <class V>
 inline void read_row(typename V::scalar* out, const TensorView& view, int64_t offset, int64_t stride, int64_t count) {
-  using T = typename V::scalar;
-  switch (view.dtype) {
-    case DType::f16: {
-      const uint16_t* in = static_cast<const uint16_t*>(view.data) + offset;
-      int64_t i = 0;
-      if constexpr (V::converts_f16) {
-        if (stride == 1)
-          for (; i + V::width <= count; i += V::width) V::load_f16(in + i).store(out + i);
-      }
-      return copy_row<T>(out + i, in + i * stride, stride, count - i, [](uint16_t x) { return from_f16(x); });
-    }
-    case DType::bf16:
-      return copy_row<T>(out, static_cast<const uint16_t*>(view.data) + offset, stride, count,
-                         [](uint16_t x) { return from_bf16(x); });
-    case DType::f32:
-      return copy_row<T>(out, static_cast<const float*>(view.data) + offset, stride, count, [](float x) { return x; });
-    case DType::f64:
-      return copy_row<T>(out, static_cast<const double*>(view.data) + offset, stride, count,
-                         [](double x) { return x; });
-    case DType::none:
-      for (int64_t i = 0; i < count; ++i) out[i] = T(0);
-  }
+  if (!given(view)) return fill_zero(out, count);
+  if (stride == 1)
+    return with_format<V>(view, [&](auto format, const auto* in) { read_row<V>(format, out, in + offset, count); });
+  with_format<Scalar<typename V::scalar>>(view, [=](auto format, const auto* in) {
+    for (int64_t i = 0; i < count; ++i) out[i] = format.load(in + offset + i * stride, 1).v;
+  });
 }
 
-template <class T>
-inline void write_row(const T* in, const TensorView& view, int64_t offset, int64_t stride, int64_t count) {
-  switch (view.dtype) {
-    case DType::f16: {
-      uint16_t* out = static_cast<uint16_t*>(view.data) + offset;
-      for (int64_t i = 0; i < count; ++i) out[i * stride] = to_f16(static_cast<float>(in[i]));
-      return;
-    }
-    case DType::bf16: {
-      uint16_t* out = static_cast<uint16_t*>(view.data) + offset;
-      for (int64_t i = 0; i < count; ++i) out[i * stride] = to_bf16(static_cast<float>(in[i]));
-      return;
-    }
-    case DType::f32: {
-      float* out = static_cast<float*>(view.data) + offset;
-      for (int64_t i = 0; i < count; ++i) out[i * stride] = static_cast<float>(in[i]);
-      return;
-    }
-    case DType::f64: {
-      double* out = static_cast<double*>(view.data) + offset;
-      for (int64_t i = 0; i < count; ++i) out[i * stride] = static_cast<double>(in[i]);
-      return;
-    }
-    case DType::none:
-      return;
-  }
+template <class V>
+inline void write_row(const typename V::scalar* in, const TensorView& view, int64_t offset, int64_t stride,
+                      int64_t count) {
+  if (stride == 1)
+    return with_format<V>(view, [&](auto format, auto* out) { write_row<V>(format, in, out + offset, count); });
+  with_format<Scalar<typename V::scalar>>(view, [=](auto format, auto* out) {
+    for (int64_t i = 0; i < count; ++i) format.store(out + offset + i * stride, 1, {in[i]});
+  });
 }
 
 }  // namespace fastlvm::FASTLVM_ISA

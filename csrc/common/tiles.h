@@ -2,40 +2,10 @@
 // any dtype and stride. See vec.h for the rules of this header.
 #pragma once
 
+#include "common/columns.h"
 #include "common/rows.h"
-#include "common/vec.h"
 
 namespace fastlvm::FASTLVM_ISA {
-
-// Elements of one dtype as vectors: n from p on, the other lanes zero; all of them if n is V::width.
-template <class V>
-struct Plain {
-  using Element = typename V::scalar;
-  static V load(const Element* p, int n) { return n < V::width ? V::load_first(p, n) : V::load(p); }
-  static void store(Element* p, int n, V x) { n < V::width ? x.store_first(p, n) : x.store(p); }
-};
-
-template <class V>
-struct Float16 {
-  using Element = uint16_t;
-  static V load(const Element* p, int n) { return V::load_f16(p, n); }
-  static void store(Element* p, int n, V x) { x.store_f16(p, n); }
-};
-
-template <class V>
-struct Bfloat16 {
-  using Element = uint16_t;
-  static V load(const Element* p, int n) { return V::load_bf16(p, n); }
-  static void store(Element* p, int n, V x) { x.store_bf16(p, n); }
-};
-
-// f(Format{}, pointer to the view's data)
-template <class V, class F>
-inline void with_format(const TensorView& view, F f) {
-  if (view.dtype == DType::f16) return f(Float16<V>{}, static_cast<uint16_t*>(view.data));
-  if (view.dtype == DType::bf16) return f(Bfloat16<V>{}, static_cast<uint16_t*>(view.data));
-  f(Plain<V>{}, static_cast<typename V::scalar*>(view.data));
-}
 
 // Where a tile lies in an array: lane i of step s is element offset + i * lane + s * step.
 struct TileAt {
@@ -69,38 +39,57 @@ class Fetch {
   int64_t near_ = 0, far_ = 0, lines_ = 0;
 };
 
-// tile[s] for s < steps; lanes from `lanes` on are zero.
+// Whether the steps of a tile lie side by side, lane after lane, and are few.
 template <class V>
-inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
-  using T = typename V::scalar;
+inline bool is_few_columns(TileAt at, int lanes, int64_t steps) {
+  return lanes == V::width && at.step == 1 && at.lane == steps && steps > 0 && steps <= max_columns<V>;
+}
+
+// One of the strides is 1, or there is one lane. All is passed by value: a vector that is stored may alias anything
+// else.
+template <class V, class Format>
+inline void read_tile(Format format, typename V::scalar* tile, const typename Format::Element* p, TileAt at, int lanes,
+                      int64_t steps, int64_t pitch) {
   constexpr int W = V::width;
-  with_format<V>(view, [&](auto format, const auto* data) {
-    const auto* const p = data + at.offset;
-    if (at.lane == 1 || W == 1) {
-      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, lanes).store(tile + s * W);
-    } else if (at.step == 1) {
-      int64_t s = 0;
-      if (lanes == W) {
-        for (; s + W <= steps; s += W) {
-          V rows[W];
-          for (int i = 0; i < W; ++i) rows[i] = format.load(p + i * at.lane + s, W);
-          V::transpose(rows);
-          for (int i = 0; i < W; ++i) rows[i].store(tile + (s + i) * W);
-        }
-      }
-      for (; s < steps; s += W) {
-        const int n = static_cast<int>(smaller(W, steps - s));
-        V rows[W];
-        for (int i = 0; i < W; ++i) rows[i] = i < lanes ? format.load(p + i * at.lane + s, n) : V::zero();
-        V::transpose(rows);
-        for (int i = 0; i < n; ++i) rows[i].store(tile + (s + i) * W);
-      }
-    } else {
-      for (int64_t s = 0; s < steps; ++s)
-        for (int i = 0; i < W; ++i)
-          tile[s * W + i] = i < lanes ? element<T>(view, at.offset + i * at.lane + s * at.step) : T(0);
+  if (at.lane == 1 || W == 1) {
+    if (lanes == W)
+      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, W).store(tile + s * pitch);
+    else
+      for (int64_t s = 0; s < steps; ++s) format.load(p + s * at.step, lanes).store(tile + s * pitch);
+    return;
+  }
+  if (is_few_columns<V>(at, lanes, steps))
+    return with_constant<max_columns<V>>(steps, [&](auto n) { split_columns<V, n.value>(format, tile, p, pitch); });
+  int64_t s = 0;
+  if (lanes == W) {
+    for (; s + W <= steps; s += W) {
+      V rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = format.load(p + i * at.lane + s, W);
+      V::transpose(rows);
+      for (int i = 0; i < W; ++i) rows[i].store(tile + (s + i) * pitch);
     }
-  });
+  }
+  for (; s < steps; s += W) {
+    const int n = static_cast<int>(smaller(W, steps - s));
+    V rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = i < lanes ? format.load(p + i * at.lane + s, n) : V::zero();
+    V::transpose(rows);
+    for (int i = 0; i < n; ++i) rows[i].store(tile + (s + i) * pitch);
+  }
+}
+
+// tile[s] for s < steps, `pitch` elements apart; lanes from `lanes` on are zero.
+template <class V>
+inline void read_tile(typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps,
+                      int64_t pitch = V::width) {
+  if (V::width == 1 || at.lane == 1 || at.step == 1)
+    return with_format<V>(view, [&](auto format, const auto* data) {
+      read_tile<V>(format, tile, data + at.offset, at, lanes, steps, pitch);
+    });
+  for (int64_t s = 0; s < steps; ++s) {
+    read_row<V>(tile + s * pitch, view, at.offset + s * at.step, at.lane, lanes);
+    fill_zero(tile + s * pitch + lanes, V::width - lanes);
+  }
 }
 
 // A tile where it lies.
@@ -114,29 +103,46 @@ struct Steps {
 // Whether vectors can be loaded from the array as they are.
 template <class V>
 inline bool is_tile(const TensorView& view, TileAt at, int lanes) {
-  constexpr DType own = sizeof(typename V::scalar) == 4 ? DType::f32 : DType::f64;
-  return view.dtype == own && (at.lane == 1 || V::width == 1) && lanes == V::width;
+  return view.dtype == dtype_of<typename V::scalar> && (at.lane == 1 || V::width == 1) && lanes == V::width;
+}
+
+template <class V, class Format>
+inline void write_tile(Format format, const typename V::scalar* tile, typename Format::Element* p, TileAt at, int lanes,
+                       int64_t steps, int64_t pitch) {
+  constexpr int W = V::width;
+  if (at.lane == 1 || W == 1) {
+    if (lanes == W)
+      for (int64_t s = 0; s < steps; ++s) format.store(p + s * at.step, W, V::load(tile + s * pitch));
+    else
+      for (int64_t s = 0; s < steps; ++s) format.store(p + s * at.step, lanes, V::load(tile + s * pitch));
+    return;
+  }
+  if (is_few_columns<V>(at, lanes, steps))
+    return with_constant<max_columns<V>>(steps, [&](auto n) { join_columns<V, n.value>(format, tile, p, pitch); });
+  for (int64_t s = 0; s < steps; s += W) {
+    const int n = static_cast<int>(smaller(W, steps - s));
+    V rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = V::load(tile + (i < n ? s + i : s) * pitch);
+    V::transpose(rows);
+    for (int i = 0; i < lanes; ++i) format.store(p + i * at.lane + s, n, rows[i]);
+  }
 }
 
 template <class V>
-inline void write_tile(const typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps) {
-  constexpr int W = V::width;
-  with_format<V>(view, [&](auto format, auto* data) {
-    auto* const p = data + at.offset;
-    if (at.lane == 1 || W == 1) {
-      for (int64_t s = 0; s < steps; ++s) format.store(p + s * at.step, lanes, V::load(tile + s * W));
-    } else if (at.step == 1) {
-      for (int64_t s = 0; s < steps; s += W) {
-        const int n = static_cast<int>(smaller(W, steps - s));
-        V rows[W];
-        for (int i = 0; i < W; ++i) rows[i] = V::load(tile + (i < n ? s + i : s) * W);
-        V::transpose(rows);
-        for (int i = 0; i < lanes; ++i) format.store(p + i * at.lane + s, n, rows[i]);
-      }
-    } else {
-      for (int64_t s = 0; s < steps; ++s)
-        for (int i = 0; i < lanes; ++i) write_row(tile + s * W + i, view, at.offset + i * at.lane + s * at.step, 1, 1);
-    }
+inline void write_tile(const typename V::scalar* tile, const TensorView& view, TileAt at, int lanes, int64_t steps,
+                       int64_t pitch = V::width) {
+  if (V::width == 1 || at.lane == 1 || at.step == 1)
+    return with_format<V>(
+        view, [&](auto format, auto* data) { write_tile<V>(format, tile, data + at.offset, at, lanes, steps, pitch); });
+  for (int64_t s = 0; s < steps; ++s) write_row<V>(tile + s * pitch, view, at.offset + s * at.step, at.lane, lanes);
+}
+
+// out[c, r] = in[r, c]; rows of the result are padded with zeros to whole vectors.
+template <class V>
+inline void transpose(typename V::scalar* out, int64_t out_pitch, const typename V::scalar* in, int64_t in_pitch,
+                      int64_t rows, int64_t columns) {
+  vectors<V>(rows, [&](int64_t r, int lanes) {
+    read_tile<V>(Plain<V>(), out + r, in + r * in_pitch, {0, in_pitch, 1}, lanes, columns, out_pitch);
   });
 }
 

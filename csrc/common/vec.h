@@ -22,9 +22,12 @@
 #define FASTLVM_INLINE inline __attribute__((always_inline))
 #endif
 
+// An array of vectors stays in registers only if the loops over it are unrolled.
 #if defined(__GNUC__)
+#define FASTLVM_UNROLL _Pragma("GCC unroll 8")
 #define FASTLVM_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else
+#define FASTLVM_UNROLL
 #define FASTLVM_PREFETCH(p) static_cast<void>(p)
 #endif
 
@@ -69,7 +72,6 @@ template <class T>
 struct Scalar {
   using scalar = T;
   static constexpr int width = 1;
-  static constexpr bool converts_f16 = false;
   T v;
 
   static Scalar set1(T x) { return {x}; }
@@ -91,7 +93,6 @@ struct Scalar {
   static Scalar min(Scalar a, Scalar b) { return {a.v < b.v ? a.v : b.v}; }
   static Scalar max(Scalar a, Scalar b) { return {a.v > b.v ? a.v : b.v}; }
   static Scalar abs(Scalar a) { return {a.v < T(0) ? -a.v : a.v}; }
-  static Scalar if_zero(Scalar test, Scalar yes, Scalar no) { return test.v == T(0) ? yes : no; }
   static Scalar if_greater(Scalar a, Scalar b, Scalar yes, Scalar no) { return a.v > b.v ? yes : no; }
   static bool any_greater(Scalar a, Scalar b) { return a.v > b.v; }
 

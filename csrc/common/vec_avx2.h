@@ -35,9 +35,6 @@ struct Vec {
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  static Vec if_zero(Vec test, Vec yes, Vec no) {
-    return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(test.v, _mm256_setzero_ps(), _CMP_EQ_OQ))};
-  }
   static Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
   }
@@ -97,11 +94,6 @@ struct Vec {
     const __m256 table = _mm256_permutevar8x32_ps(_mm256_loadu_ps(exp2_table8), bits);
     const __m256i power = _mm256_slli_epi32(_mm256_srai_epi32(bits, 3), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(table), power))};
-  }
-
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
 
   struct Wide {

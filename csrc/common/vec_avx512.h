@@ -42,9 +42,6 @@ struct Vec {
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vec abs(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
-  static Vec if_zero(Vec test, Vec yes, Vec no) {
-    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(test.v, _mm512_setzero_ps(), _CMP_EQ_OQ), no.v, yes.v)};
-  }
   static Vec if_greater(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
   }
@@ -122,11 +119,6 @@ struct Vec {
       return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
     }
   };
-
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-  }
 };
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -42,7 +42,6 @@ struct Vec {
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
-  static Vec if_zero(Vec test, Vec yes, Vec no) { return {vbslq_f32(vceqzq_f32(test.v), yes.v, no.v)}; }
   static Vec if_greater(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vcgtq_f32(a.v, b.v), yes.v, no.v)}; }
   static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
   static Vec scale(Vec a, Vec k) {  // in two steps, because 2^k alone may not be a number
@@ -82,9 +81,6 @@ struct Vec {
     f.v = vsubq_f32(t.v, k);
     return {power(vcvtq_s32_f32(k))};
   }
-
-  static constexpr bool converts_f16 = true;
-  static Vec load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 
   struct Wide {
     float64x2_t low, high;

@@ -1,4 +1,4 @@
-// exp, exp2, softplus, sigmoid, SiLU and steps of the scan's recurrence, on the vectors of vec.h.
+// exp, exp2, softplus, sigmoid, SiLU and their slopes, on the vectors of vec.h.
 //
 // Worst error against float64 in units in the last place, over every float: exp 1.01, exp2 1.23, softplus 2.80, sigmoid
 // 2.40, SiLU 3.19 (where exp(-|x|) is subnormal, |x| > 87, SiLU's error is below 1e-43 instead). Measured by
@@ -9,14 +9,8 @@
 
 namespace fastlvm::FASTLVM_ISA {
 
-// exp(x) = 2^k (1 + p), with k integral and p = expm1(r), |r| <= ln2 / 2.
 template <class V>
-struct ExpParts {
-  V k, p;
-};
-
-template <class V>
-FASTLVM_INLINE ExpParts<V> exp_parts(V x) {
+FASTLVM_INLINE V exp(V x) {
   // Beyond these bounds the result is 0 or inf in any case; a NaN passes.
   x = V::min(V::set1(89.0f), V::max(V::set1(-104.0f), x));
   const V k = V::round(x * V::set1(1.44269504f));
@@ -28,12 +22,7 @@ FASTLVM_INLINE ExpParts<V> exp_parts(V x) {
   q = V::fma(q, r, V::set1(4.1665795894e-2f));
   q = V::fma(q, r, V::set1(1.6666665459e-1f));
   q = V::fma(q, r, V::set1(5.0000001201e-1f));
-  return {k, V::fma(r * r, q, r)};
-}
-
-template <class V>
-FASTLVM_INLINE V exp(V x) {
-  const auto [k, p] = exp_parts(x);
+  const V p = V::fma(r * r, q, r);  // exp(r) - 1, |r| <= ln2 / 2
   return V::scale(V::set1(1.0f) + p, k);
 }
 
@@ -64,19 +53,7 @@ FASTLVM_INLINE V softplus_slope(V x) {
   return V::if_greater(x, V::set1(20), V::set1(1), sigmoid(x));
 }
 
-// The recurrence h' = exp(x) h + in. For small x it is h + (expm1(x) h + in): the factor's rounding error is then
-// relative to its distance from one, and does not pile up over long memories.
-template <class V>
-struct Step {
-  V decay, state;
-};
-
-template <class V>
-FASTLVM_INLINE Step<V> step(V x, V h, V in) {
-  const auto [k, p] = exp_parts(x);
-  const V decay = V::scale(V::set1(1.0f) + p, k);
-  return {decay, V::if_zero(k, h + V::fma(p, h, in), V::fma(decay, h, in))};
-}
+constexpr double log2e = 1.4426950408889634;
 
 // 2^t = head (1 + p), t <= 127; 0 below 2^-126. The polynomials are minimax for p / 2^f over the range of f.
 template <class V>
@@ -112,10 +89,20 @@ FASTLVM_INLINE V exp2(V t) {
 
 // 2^t h. The error of the factor is relative to its distance from one, so that it does not pile up over long memories.
 template <class V>
+FASTLVM_INLINE V times(V h, Exp2Parts<V> factor) {
+  const V s = factor.head * h;
+  return V::fma(s, factor.p, s);
+}
+
+template <class V>
 FASTLVM_INLINE V times_exp2(V h, V t) {
-  const auto [head, p] = exp2_parts(t);
-  const V s = head * h;
-  return V::fma(s, p, s);
+  return times(h, exp2_parts(t));
+}
+
+// Whether times_exp2 may take all of t.
+template <class V>
+FASTLVM_INLINE bool are_normal_powers(V t) {
+  return !V::any_greater(V::abs(t), V::set1(126));
 }
 
 // The same for any t: a zero stays one, and only a product out of range is infinite.
@@ -133,14 +120,11 @@ using Double = Scalar<double>;
 
 inline Double exp(Double x) { return {::exp(x.v)}; }
 inline Double exp2(Double t) { return {::exp2(t.v)}; }
-inline Double times_exp2(Double h, Double t) { return {h.v * ::exp2(t.v)}; }
+inline Exp2Parts<Double> exp2_parts(Double t) { return {exp2(t), {0}}; }
+inline Double times(Double h, Exp2Parts<Double> factor) { return factor.head * h; }
 inline Double times_any_exp2(Double h, Double t) { return {h.v == 0 ? 0 : h.v * ::exp2(t.v)}; }
 inline Double softplus(Double x) { return {x.v > 20 ? x.v : ::log1p(::exp(x.v))}; }
 inline Double sigmoid(Double x) { return {1 / (1 + ::exp(-x.v))}; }
-inline Step<Double> step(Double x, Double h, Double in) {
-  const Double decay = exp(x);
-  return {decay, Double::fma(decay, h, in)};
-}
 
 template <class V>
 FASTLVM_INLINE V silu(V x) {

@@ -6,8 +6,7 @@
 // the vectors want it is not copied.
 #pragma once
 
-#include "common/columns.h"
-#include "common/rows.h"
+#include "common/tiles.h"
 #include "common/vmath.h"
 #include "ops/kernels.h"
 
@@ -36,16 +35,6 @@ inline int64_t sequence_at(const CausalConv1d& args, int64_t t) {
   return low;
 }
 
-template <class T>
-inline bool own_type(const TensorView& view) {
-  return view.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
-}
-
-template <class T>
-inline T* pointer(const TensorView& view, int64_t offset) {
-  return static_cast<T*>(view.data) + offset;
-}
-
 // Channels [d, d + n) of a sequence.
 struct Block {
   Sequence sequence;
@@ -53,83 +42,38 @@ struct Block {
 };
 
 // `count` times of channels [d, d + n), from time t of entry i on, in an array [.., D, L].
-struct Tile {
+struct Piece {
   int64_t i, d, n, t, count;
 };
 
 // Times [from, to) of a block in arrays of time.
-inline Tile tile_of(const Block& block, int64_t from, int64_t to) {
+inline Piece piece_of(const Block& block, int64_t from, int64_t to) {
   return {block.sequence.batch, block.d, block.n, block.sequence.begin + from, to - from};
 }
 
 // The same in arrays of states.
-inline Tile state_of(const Block& block, int64_t from, int64_t to) {
+inline Piece state_of(const Block& block, int64_t from, int64_t to) {
   return {block.sequence.index, block.d, block.n, from, to - from};
 }
 
-inline int64_t start_of(const TensorView& view, const Tile& tile) {
-  return offset_of(view, tile.i, tile.d) + tile.t * view.stride[2];
+inline int64_t start_of(const TensorView& view, const Piece& piece) {
+  return offset_of(view, piece.i, piece.d) + piece.t * view.stride[2];
 }
 
-// The elements of a tile that vectors over channels take whole: whole vectors, of the arithmetic's type.
-template <class V>
-inline bool whole(const TensorView& view, const Tile& tile) {
-  return tile.n == V::width && own_type<typename V::scalar>(view);
-}
-
-// Whether the rows over time of a whole tile fill the memory they lie in.
-inline bool adjoining(const TensorView& view, const Tile& tile) {
-  return view.stride[2] == 1 && view.stride[1] == tile.count && tile.count <= max_columns;
+inline TileAt at_of(const TensorView& view, const Piece& piece) {
+  return {start_of(view, piece), view.stride[1], view.stride[2]};
 }
 
 template <class V>
-inline void read_tile(typename V::scalar* out, const TensorView& view, int64_t lanes, const Tile& tile) {
-  using T = typename V::scalar;
-  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
-  if (lanes == 1) return read_row<V>(out, view, start, along_time, tile.count);
-  if (!whole<V>(view, tile)) {
-    for (int64_t t = 0; t < tile.count; ++t)
-      read_row<V>(out + t * lanes, view, start + t * along_time, along_channel, tile.n);
-    return;
-  }
-  const T* const in = pointer<const T>(view, start);
-  if (along_channel == 1) {
-    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * along_time).store(out + t * lanes);
-    return;
-  }
-  if (adjoining(view, tile)) return split_columns<V>(in, tile.count, out);
-  T rows[V::width * max_columns];
-  for (int64_t t = 0; t < tile.count; t += max_columns) {
-    const int64_t count = smaller(max_columns, tile.count - t);
-    for (int64_t c = 0; c < V::width; ++c)
-      for (int64_t s = 0; s < count; ++s) rows[c * count + s] = in[c * along_channel + (t + s) * along_time];
-    split_columns<V>(rows, count, out + t * lanes);
-  }
+inline void read_piece(typename V::scalar* out, const TensorView& view, int64_t lanes, const Piece& piece) {
+  if (lanes == 1) return read_row<V>(out, view, start_of(view, piece), view.stride[2], piece.count);
+  read_tile<V>(out, view, at_of(view, piece), static_cast<int>(piece.n), piece.count);
 }
 
 template <class V>
-inline void write_tile(const typename V::scalar* in, const TensorView& view, int64_t lanes, const Tile& tile) {
-  using T = typename V::scalar;
-  const int64_t start = start_of(view, tile), along_channel = view.stride[1], along_time = view.stride[2];
-  if (lanes == 1) return write_row(in, view, start, along_time, tile.count);
-  if (!whole<V>(view, tile)) {
-    for (int64_t t = 0; t < tile.count; ++t)
-      write_row(in + t * lanes, view, start + t * along_time, along_channel, tile.n);
-    return;
-  }
-  T* const out = pointer<T>(view, start);
-  if (along_channel == 1) {
-    for (int64_t t = 0; t < tile.count; ++t) V::load(in + t * lanes).store(out + t * along_time);
-    return;
-  }
-  if (adjoining(view, tile)) return join_columns<V>(in, tile.count, out);
-  T rows[V::width * max_columns];
-  for (int64_t t = 0; t < tile.count; t += max_columns) {
-    const int64_t count = smaller(max_columns, tile.count - t);
-    join_columns<V>(in + t * lanes, count, rows);
-    for (int64_t c = 0; c < V::width; ++c)
-      for (int64_t s = 0; s < count; ++s) out[c * along_channel + (t + s) * along_time] = rows[c * count + s];
-  }
+inline void write_piece(const typename V::scalar* in, const TensorView& view, int64_t lanes, const Piece& piece) {
+  if (lanes == 1) return write_row<V>(in, view, start_of(view, piece), view.stride[2], piece.count);
+  write_tile<V>(in, view, at_of(view, piece), static_cast<int>(piece.n), piece.count);
 }
 
 // How vectors lie over the arrays of a call.
@@ -167,8 +111,7 @@ inline void read_filters(const CausalConv1d& args, const Layout<V>& layout, int6
       continue;
     }
     const int64_t n = smaller(layout.lanes, first + count - d);
-    if (n < layout.lanes) fill_zero(out, args.width * V::width);
-    read_tile<V>(out, weight, layout.lanes, {0, d, n, 0, args.width});
+    read_piece<V>(out, weight, layout.lanes, {0, d, n, 0, args.width});
     V::zero().store(bias);
     if (given(args.bias)) read_row<V>(bias, args.bias, d * args.bias.stride[0], args.bias.stride[0], n);
   }
@@ -180,10 +123,10 @@ inline void read_inputs(const CausalConv1d& args, const Layout<V>& layout, const
                         typename V::scalar* out) {
   const int64_t start = larger(from, smaller(to, 0));  // of those in x
   if (from < start && given(args.initial_state))
-    read_tile<V>(out, args.initial_state, layout.lanes, state_of(block, layout.before + from, layout.before + start));
+    read_piece<V>(out, args.initial_state, layout.lanes, state_of(block, layout.before + from, layout.before + start));
   else
     fill_zero(out, (start - from) * layout.lanes);
-  if (start < to) read_tile<V>(out + (start - from) * layout.lanes, args.x, layout.lanes, tile_of(block, start, to));
+  if (start < to) read_piece<V>(out + (start - from) * layout.lanes, args.x, layout.lanes, piece_of(block, start, to));
 }
 
 constexpr int64_t max_fixed_taps = 4;
@@ -193,6 +136,7 @@ struct Taps {
   static constexpr int fixed = N;  // 0: any number
 };
 
+// A switch: GCC 12 keeps the inner loops of a chain of calls (with_constant) apart, at 10 % of their time.
 template <class F>
 inline void with_taps(int64_t width, F f) {
   switch (width) {
@@ -260,7 +204,7 @@ class Forward {
     }
     keep_states_ = given(args.final_state) && layout_.before > 0;
     in_place_ =
-        own_type<T>(args.x) && own_type<T>(args.out) && args.x.stride[axis_] == 1 && args.out.stride[axis_] == 1;
+        computed_in_place<T>(args.x, args.x.stride[axis_]) && computed_in_place<T>(args.out, args.out.stride[axis_]);
   }
 
   void run() {
@@ -324,15 +268,15 @@ class Forward {
     const bool copied = !in_place_ || block.n < layout_.lanes;
     T* const rows = copied ? scratch.in + (to - from) * layout_.lanes : scratch.in;
     if (!copied) read_inputs<V>(args_, layout_, block, to - layout_.before, to, rows);
-    write_tile<V>(rows, args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
+    write_piece<V>(rows, args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
   }
 
   void run_vectors_of_channels(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
     const bool in_place = in_place_ && block.n == layout_.lanes;
-    const Tile x = tile_of(block, from, to);
+    const Piece x = piece_of(block, from, to);
     T* const copied = scratch.in + layout_.before * layout_.lanes;
     read_inputs<V>(args_, layout_, block, from - layout_.before, from, scratch.in);
-    if (!in_place) read_tile<V>(copied, args_.x, layout_.lanes, x);
+    if (!in_place) read_piece<V>(copied, args_.x, layout_.lanes, x);
     const T* const in = in_place ? pointer<const T>(args_.x, start_of(args_.x, x)) : copied;
     T* const out = in_place ? pointer<T>(args_.out, start_of(args_.out, x)) : scratch.out;
     const int64_t in_step = in_place ? args_.x.stride[2] : V::width, step = in_place ? args_.out.stride[2] : V::width;
@@ -347,7 +291,7 @@ class Forward {
                             [&](V sum, int64_t t) { sum.store(out + t * step); });
       }
     });
-    if (!in_place) write_tile<V>(scratch.out, args_.out, layout_.lanes, x);
+    if (!in_place) write_piece<V>(scratch.out, args_.out, layout_.lanes, x);
   }
 
   // Whole vectors that have all their inputs in x are worked on in place.
@@ -356,9 +300,9 @@ class Forward {
     const int64_t tail = head + (to - head) / V::width * V::width;
     if (from < head) run_copied(scratch, filter, block, from, head);
     if (head < tail) {
-      const Tile tile = tile_of(block, head, tail);
-      apply(filter, pointer<const T>(args_.x, start_of(args_.x, tile) - layout_.before),
-            pointer<T>(args_.out, start_of(args_.out, tile)), (tail - head) / V::width);
+      const Piece whole = piece_of(block, head, tail);
+      apply(filter, pointer<const T>(args_.x, start_of(args_.x, whole) - layout_.before),
+            pointer<T>(args_.out, start_of(args_.out, whole)), (tail - head) / V::width);
     }
     if (tail < to) run_copied(scratch, filter, block, tail, to);
   }
@@ -366,7 +310,7 @@ class Forward {
   void run_copied(const Scratch& scratch, const T* filter, const Block& block, int64_t from, int64_t to) {
     read_inputs<V>(args_, layout_, block, from - layout_.before, to, scratch.in);
     apply(filter, scratch.in, scratch.out, div_up((to - from) * layout_.lanes, V::width));
-    write_tile<V>(scratch.out, args_.out, layout_.lanes, tile_of(block, from, to));
+    write_piece<V>(scratch.out, args_.out, layout_.lanes, piece_of(block, from, to));
   }
 
   void apply(const T* filter, const T* in, T* out, int64_t count) const {
@@ -390,7 +334,7 @@ class Forward {
       for (int64_t d = 0; sequence.length == 0 && d < args_.dim; d += layout_.lanes) {
         const Block block = {sequence, d, smaller(layout_.lanes, args_.dim - d)};
         read_inputs<V>(args_, layout_, block, -layout_.before, 0, rows.get());
-        write_tile<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
+        write_piece<V>(rows.get(), args_.final_state, layout_.lanes, state_of(block, 0, layout_.before));
       }
     }
   }

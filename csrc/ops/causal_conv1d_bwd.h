@@ -71,7 +71,7 @@ class Backward {
     T* const g = scratch.g + before * lanes;
     read_inputs<V>(in_, layout_, block, t - before, t + count, scratch.x);
     fill_zero(scratch.x + (before + count) * lanes, V::width);
-    read_tile<V>(g, args_.grad_out, lanes, tile_of(block, t, t + count));
+    read_piece<V>(g, args_.grad_out, lanes, piece_of(block, t, t + count));
     if (!in_.silu) return;
     const V bias = V::load(filter + in_.width * V::width);
     with_taps(in_.width, [&](auto taps) {
@@ -111,16 +111,16 @@ class Backward {
     const int64_t lanes = layout_.lanes, before = layout_.before, length = block.sequence.length;
     if (end > length && given(args_.grad_final_state)) {
       const int64_t from = larger(begin, length);
-      read_tile<V>(scratch.x, args_.grad_final_state, lanes, state_of(block, from - length, end - length));
+      read_piece<V>(scratch.x, args_.grad_final_state, lanes, state_of(block, from - length, end - length));
       T* const to = scratch.drow + (from - begin) * lanes;
       for (int64_t j = 0; j < (end - from) * lanes; ++j) to[j] += scratch.x[j];
     }
     const int64_t split = larger(begin, smaller(end, before));
     if (begin < split && given(args_.dinitial_state))
-      write_tile<V>(scratch.drow, args_.dinitial_state, lanes, state_of(block, begin, split));
+      write_piece<V>(scratch.drow, args_.dinitial_state, lanes, state_of(block, begin, split));
     if (split < end && given(args_.dx))
-      write_tile<V>(scratch.drow + (split - begin) * lanes, args_.dx, lanes,
-                    tile_of(block, split - before, end - before));
+      write_piece<V>(scratch.drow + (split - begin) * lanes, args_.dx, lanes,
+                     piece_of(block, split - before, end - before));
   }
 
   void write_sums(const double* sums, int64_t d, int64_t lane) const {

@@ -32,22 +32,23 @@ inline void sum_taps(const CausalConv1dStep& args, int64_t slot, int64_t first, 
 }
 
 // Drops the oldest input of every channel and appends x.
-template <class Element, class T>
-inline void push(const CausalConv1dStep& args, int64_t slot, int64_t first, int64_t count, const T* x) {
+template <class V, class Element>
+inline void push(const CausalConv1dStep& args, Element* inputs, int64_t slot, int64_t first, int64_t count,
+                 const typename V::scalar* x) {
   const TensorView& state = args.state;
   const int64_t along = state.stride[2];
   for (int64_t c = 0; c < count; ++c) {
-    Element* const row = static_cast<Element*>(state.data) + offset_of(state, slot, first + c);
+    Element* const row = inputs + offset_of(state, slot, first + c);
     for (int64_t j = 1; j < args.length; ++j) row[(j - 1) * along] = row[j * along];
   }
-  write_row(x, state, offset_of(state, slot, first) + (args.length - 1) * along, state.stride[1], count);
+  write_row<V>(x, state, offset_of(state, slot, first) + (args.length - 1) * along, state.stride[1], count);
 }
 
 // Both at once, for a state of W - 1 inputs and rows that are contiguous and of the type computed in.
 template <class T, int W>
 inline void sum_and_push(const CausalConv1dStep& args, int64_t slot, int64_t first, int64_t count, const T* x, T* y) {
-  const T* weight = static_cast<const T*>(args.weight.data) + first * args.weight.stride[0];
-  T* row = static_cast<T*>(args.state.data) + offset_of(args.state, slot, first);
+  const T* weight = pointer<const T>(args.weight, first * args.weight.stride[0]);
+  T* row = pointer<T>(args.state, offset_of(args.state, slot, first));
   for (int64_t c = 0; c < count; ++c, weight += args.weight.stride[0], row += args.state.stride[1]) {
     T sum = y[c];
     for (int k = 0; k < W - 1; ++k) sum += weight[k] * row[k];
@@ -61,7 +62,7 @@ template <class V>
 inline void advance_panel(const CausalConv1dStep& args, int64_t i, int64_t slot, int64_t first, int64_t count) {
   using T = typename V::scalar;
   T x[channels], y[channels];
-  const auto write = [&] { write_row(y, args.out, offset_of(args.out, i, first), args.out.stride[1], count); };
+  const auto write = [&] { write_row<V>(y, args.out, offset_of(args.out, i, first), args.out.stride[1], count); };
   if (slot < 0) {
     fill_zero(y, count);
     return write();
@@ -78,10 +79,8 @@ inline void advance_panel(const CausalConv1dStep& args, int64_t i, int64_t slot,
     sum_and_push<T, 4>(args, slot, first, count, x, y);
   } else {
     sum_taps<V>(args, slot, first, count, x, y);
-    if (args.length > 0) {
-      const bool half = args.state.dtype == DType::f16 || args.state.dtype == DType::bf16;
-      half ? push<uint16_t>(args, slot, first, count, x) : push<T>(args, slot, first, count, x);
-    }
+    if (args.length > 0)
+      with_format<V>(args.state, [&](auto, auto* inputs) { push<V>(args, inputs, slot, first, count, x); });
   }
   if (args.silu) vectors<V>(count, [&](int64_t c, int n) { silu(V::load_first(y + c, n)).store_first(y + c, n); });
   write();

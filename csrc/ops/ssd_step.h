@@ -9,35 +9,6 @@ using namespace one_token;
 
 constexpr int64_t work_worth_sharing = 1 << 18;  // elements b·h·p·n
 
-// exp(x) h + in for one x. As step() in vmath.h does, a small x is taken as the factor's distance from one.
-template <class V>
-struct Decay {
-  using T = typename V::scalar;
-
-  explicit Decay(T x) {
-    if constexpr (sizeof(T) == 4) {
-      const auto [k, p] = exp_parts(Scalar<T>::set1(x));
-      near_one = k.v == T(0);
-      factor = near_one ? p.v : Scalar<T>::scale(Scalar<T>::set1(1) + p, k).v;
-    } else {
-      factor = exp(V::set1(x)).v;
-    }
-  }
-
-  T factor;  // less one if near_one
-  bool near_one = false;
-};
-
-template <class V, bool Near_one>
-inline typename V::scalar advance_row(typename V::scalar factor, typename V::scalar input, const typename V::scalar* B,
-                                      const typename V::scalar* C, typename V::scalar* h, int64_t count) {
-  const V f = V::set1(factor), in = V::set1(input);
-  return advance<V>(C, h, count, [&](int64_t n, V before, int lanes) {
-    const V after = V::fma(f, before, in * load_lanes<V>(B + n, lanes));
-    return Near_one ? before + after : after;
-  });
-}
-
 // Elements [first, first + count) of p of one head of row i, whose state is `slot`.
 template <class V>
 inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t head, int64_t first, int64_t count) {
@@ -47,12 +18,14 @@ inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t 
   const auto at = [&](const TensorView& view, int64_t row) {
     return offset_of(view, row, head) + first * view.stride[2];
   };
-  const auto write = [&] { write_row(y, args.out, at(args.out, i), args.out.stride[2], count); };
+  const auto write = [&] { write_row<V>(y, args.out, at(args.out, i), args.out.stride[2], count); };
   if (slot < 0) return write();
   read_row<V>(x, args.x, at(args.x, i), args.x.stride[2], count);
   T dt = element<T>(args.dt, offset_of(args.dt, i, head)) + optional_element<T>(args.dt_bias, head);
   if (args.dt_softplus) dt = softplus(Scalar<T>::set1(dt)).v;
-  const Decay<V> decay(dt * element<T>(args.A, head * args.A.stride[0]));
+  const V log_decay = V::set1(dt * element<T>(args.A, head * args.A.stride[0]) * static_cast<T>(log2e));
+  const Exp2Parts<V> decay = exp2_parts(log_decay);
+  const bool normal = are_normal_powers(log_decay);
 
   Row<V> state_row;
   Projection<V> B_row(args.B, i, args.heads), C_row(args.C, i, args.heads);
@@ -63,8 +36,10 @@ inline void advance_panel(const SsdStep& args, int64_t i, int64_t slot, int64_t 
     for (int64_t c = 0; c < count; ++c) {
       const int64_t offset = at(args.state, slot) + c * args.state.stride[2] + n * along;
       y[c] += state_row.update(args.state, offset, along, length, [&](T* h) {
-        return decay.near_one ? advance_row<V, true>(decay.factor, dt * x[c], B, C, h, length)
-                              : advance_row<V, false>(decay.factor, dt * x[c], B, C, h, length);
+        return advance<V>(C, h, length, [&, in = V::set1(dt * x[c])](int64_t k, V before, int lanes) {
+          const V kept = normal ? times(before, decay) : times_any_exp2(before, log_decay);
+          return V::fma(in, Plain<V>::load(B + k, lanes), kept);
+        });
       });
     }
   }

@@ -16,7 +16,7 @@ inline void advance_panel(const SsmStep& args, int64_t i, int64_t slot, int64_t 
   using T = typename V::scalar;
   T x[panel], delta[panel], input[panel], y[panel];
   fill_zero(y, count);
-  const auto write = [&] { write_row(y, args.out, offset_of(args.out, i, first), args.out.stride[1], count); };
+  const auto write = [&] { write_row<V>(y, args.out, offset_of(args.out, i, first), args.out.stride[1], count); };
   if (slot < 0) return write();
   const auto read = [&](T* out, const TensorView& view) {
     read_row<V>(out, view, offset_of(view, i, first), view.stride[1], count);
@@ -39,10 +39,12 @@ inline void advance_panel(const SsmStep& args, int64_t i, int64_t slot, int64_t 
       const int64_t d = first + c;
       const T* const A = A_row.read(args.A, offset_of(args.A, d, n), args.A.stride[1], length);
       const T *const B = B_row.row(d, n, length), *const C = C_row.row(d, n, length);
-      const V time = V::set1(delta[c]), in = V::set1(input[c]);
+      const V time = V::set1(delta[c] * static_cast<T>(log2e)), in = V::set1(input[c]);
       y[c] += state_row.update(args.state, offset_of(args.state, slot, d) + n * along, along, length, [&](T* h) {
         return advance<V>(C, h, length, [&](int64_t k, V before, int lanes) {
-          return step(time * load_lanes<V>(A + k, lanes), before, in * load_lanes<V>(B + k, lanes)).state;
+          const V t = time * Plain<V>::load(A + k, lanes);
+          const V kept = are_normal_powers(t) ? times_exp2(before, t) : times_any_exp2(before, t);
+          return V::fma(in, Plain<V>::load(B + k, lanes), kept);
         });
       });
     }

@@ -16,11 +16,6 @@ constexpr int64_t stretch = 256;  // elements of a row held at once
 // The state that row i advances; negative where the row is padding.
 inline int64_t slot_of(const int64_t* indices, int64_t i) { return indices ? indices[i] : i; }
 
-template <class T>
-inline bool computed_in_place(const TensorView& view, int64_t stride) {
-  return stride == 1 && view.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
-}
-
 // At most `stretch` elements of a row: where they lie, if the kernel can compute there, else converted.
 template <class V>
 class Row {
@@ -28,7 +23,7 @@ class Row {
   using T = typename V::scalar;
 
   const T* read(const TensorView& view, int64_t offset, int64_t stride, int64_t count) {
-    if (computed_in_place<T>(view, stride)) return static_cast<const T*>(view.data) + offset;
+    if (computed_in_place<T>(view, stride)) return pointer<const T>(view, offset);
     read_row<V>(converted_, view, offset, stride, count);
     return converted_;
   }
@@ -36,10 +31,10 @@ class Row {
   // advance(pointer to the elements); they are written back if they had to be converted. Returns what it returns.
   template <class F>
   T update(const TensorView& view, int64_t offset, int64_t stride, int64_t count, F advance) {
-    if (computed_in_place<T>(view, stride)) return advance(static_cast<T*>(view.data) + offset);
+    if (computed_in_place<T>(view, stride)) return advance(pointer<T>(view, offset));
     read_row<V>(converted_, view, offset, stride, count);
     const T result = advance(converted_);
-    write_row(converted_, view, offset, stride, count);
+    write_row<V>(converted_, view, offset, stride, count);
     return result;
   }
 
@@ -90,11 +85,6 @@ inline typename V::scalar advance(const typename V::scalar* C, typename V::scala
     y = V::fma(V::load_first(C + n, lanes), after, y);
   }
   return V::sum(y);
-}
-
-template <class V>
-inline V load_lanes(const typename V::scalar* p, int lanes) {
-  return lanes == V::width ? V::load(p) : V::load_first(p, lanes);
 }
 
 template <class V>

@@ -4,7 +4,6 @@
 // inputs alone, never on the number of rows or threads.
 #pragma once
 
-#include "common/inline.h"
 #include "common/rows.h"
 #include "ops/kernels.h"
 
@@ -17,7 +16,7 @@ constexpr int tile_outputs = Vec::width >= 16 ? 4 : 2;  // accumulators, weights
 
 // sums[r][o] += x_r · w_o over one vector of inputs, which `load` reads.
 template <int Rows, int Outputs, class Load>
-FASTLVM_ALWAYS_INLINE void step(Vec (&sums)[Rows][Outputs], const float* x, const float* w, int64_t inputs, Load load) {
+FASTLVM_INLINE void step(Vec (&sums)[Rows][Outputs], const float* x, const float* w, int64_t inputs, Load load) {
   Vec weights[Outputs];
   FASTLVM_UNROLL
   for (int o = 0; o < Outputs; ++o) weights[o] = load(w + o * inputs);
@@ -57,27 +56,12 @@ inline void strip(const Linear& args, int64_t row, int64_t begin, int64_t end) {
 }
 
 inline void forward(const Linear& args) {
-  static_assert(max_rows == 5);
   const bool share = args.rows * args.inputs * args.outputs > work_worth_sharing;
   parallel(div_up(args.outputs, outputs_per_task), share, [&](int64_t task) {
     const int64_t begin = task * outputs_per_task, end = smaller(begin + outputs_per_task, args.outputs);
     for (int64_t row = 0; row < args.rows; row += max_rows) {
-      switch (smaller(args.rows - row, max_rows)) {
-        case 1:
-          strip<1>(args, row, begin, end);
-          break;
-        case 2:
-          strip<2>(args, row, begin, end);
-          break;
-        case 3:
-          strip<3>(args, row, begin, end);
-          break;
-        case 4:
-          strip<4>(args, row, begin, end);
-          break;
-        default:
-          strip<5>(args, row, begin, end);
-      }
+      with_constant<max_rows>(smaller(args.rows - row, max_rows),
+                              [&](auto rows) { strip<rows.value>(args, row, begin, end); });
     }
   });
 }

@@ -91,9 +91,15 @@ class Memory {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-inline double get(const TensorView& view, int64_t offset) { return host::element<double>(view, offset); }
+inline double get(const TensorView& view, int64_t offset) {
+  return view.dtype == DType::f64 ? host::element<double>(view, offset) : host::element<float>(view, offset);
+}
 
-inline void put(const TensorView& view, int64_t offset, double x) { host::write_row(&x, view, offset, 1, 1); }
+inline void put(const TensorView& view, int64_t offset, double x) {
+  const float rounded = static_cast<float>(x);
+  if (view.dtype == DType::f64) return host::write_row<host::Scalar<double>>(&x, view, offset, 1, 1);
+  host::write_row<host::Scalar<float>>(&rounded, view, offset, 1, 1);
+}
 
 // f(offset) for every element, the last axis fastest.
 template <class F>
