@@ -2,7 +2,7 @@
 // over every float (STRIDE given: every so many) of the range that vmath_functions.cpp gives for a function, and over
 // every 1009th of all others.
 //   make -f tests/csrc/native.mk vmath
-//   vmath_accuracy [STRIDE]
+//   vmath_accuracy [quick | STRIDE]
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -110,7 +110,8 @@ static void compare_specials(const std::vector<const VectorMath*>& maths, int f,
 }
 
 int main(int argc, char** argv) {
-  const uint64_t stride = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  const bool quick = argc > 1 && !std::strcmp(argv[1], "quick");
+  const uint64_t stride = argc > 1 && !quick ? std::strtoull(argv[1], nullptr, 10) : 1;
   std::vector<const VectorMath*> maths;
   for (const VectorMath* math : all())
     if (runs(*math)) maths.push_back(math);
@@ -122,7 +123,7 @@ int main(int argc, char** argv) {
   }
   for (int f = 0; f < maths[0]->count; ++f) {
     const Function& function = maths[0]->functions[f];
-    const std::vector<Span> spans = spans_of(function, stride);
+    const std::vector<Span> spans = spans_of(function, quick ? static_cast<uint64_t>(function.quick) : stride);
     std::vector<Worst> worst(maths.size());
     compare_specials(maths, f, worst);
     std::atomic<size_t> next{0};

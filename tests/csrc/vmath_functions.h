@@ -11,7 +11,8 @@ struct Function {
   void (*exact)(const float* in, double* out, int64_t count);
   double bound;       // units in the last place
   double negligible;  // an absolute error that passes where |exact| < 2^-119
-  float low, high;    // the range that is tested float by float
+  float low, high;    // the range that is tested float by float,
+  int64_t quick;      // or, in a quick run, every so many floats
 };
 
 struct VectorMath {
