@@ -67,6 +67,8 @@ class Scan:
 
 def _scans() -> list[Scan]:
     cases = [Scan(length=n, state=16) for n in (0, 1, 2, 3, 4, 5, 6, 7, 8, 64, 257)]
+    # From a zero state as many steps as are unrolled, and one more.
+    cases += [Scan(length=n, options=tuple(o for o in ALL if o != "initial_state")) for n in range(1, 10)]
     cases += [Scan(state=n, length=9, B=2) for n in (1, 5, 16, 128, 300)]
     cases += [
         Scan(B=b, C=c) for b in ("dn", "bnl", 1, 2, 4) for c in ("dn", "bnl", 1, 2, 4) if (b, c) != ("bnl", "bnl")
