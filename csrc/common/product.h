@@ -117,27 +117,4 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
   for (; column < columns; column += V::width) multiply_columns<V, terms, 1>(rows, column, depth, a, b, out);
 }
 
-// out[c, r] = in[r, c]
-template <class T>
-inline void transpose(T* out, int64_t out_pitch, const T* in, int64_t in_pitch, int64_t rows, int64_t columns) {
-  constexpr int64_t side = 4;  // of tiles that compilers turn round in registers
-  const int64_t whole_rows = rows / side * side, whole_columns = columns / side * side;
-  for (int64_t c = 0; c < whole_columns; c += side)
-    for (int64_t r = 0; r < whole_rows; r += side) {
-      T tile[side][side];
-      FASTLVM_UNROLL
-      for (int i = 0; i < side; ++i) memcpy(tile[i], in + (r + i) * in_pitch + c, sizeof tile[i]);
-      FASTLVM_UNROLL
-      for (int j = 0; j < side; ++j) {
-        T turned[side];
-        FASTLVM_UNROLL
-        for (int i = 0; i < side; ++i) turned[i] = tile[i][j];
-        memcpy(out + (c + j) * out_pitch + r, turned, sizeof turned);
-      }
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      out[c * out_pitch + r] = in[r * in_pitch + c];
-}
-
 }  // namespace fastlvm::FASTLVM_ISA

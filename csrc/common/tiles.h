@@ -45,8 +45,7 @@ inline bool is_few_columns(TileAt at, int lanes, int64_t steps) {
   return lanes == V::width && at.step == 1 && at.lane == steps && steps > 0 && steps <= max_columns<V>;
 }
 
-// One of the strides is 1, or there is one lane. All is passed by value: a vector that is stored may alias anything
-// else.
+// One of the strides is 1, or there is one lane. By value: a vector that is stored may alias anything else.
 template <class V, class Format>
 inline void read_tile(Format format, typename V::scalar* tile, const typename Format::Element* p, TileAt at, int lanes,
                       int64_t steps, int64_t pitch) {
@@ -135,6 +134,15 @@ inline void write_tile(const typename V::scalar* tile, const TensorView& view, T
     return with_format<V>(
         view, [&](auto format, auto* data) { write_tile<V>(format, tile, data + at.offset, at, lanes, steps, pitch); });
   for (int64_t s = 0; s < steps; ++s) write_row<V>(tile + s * pitch, view, at.offset + s * at.step, at.lane, lanes);
+}
+
+// out[c, r] = in[r, c]; rows of the result are padded with zeros to whole vectors.
+template <class V>
+inline void transpose(typename V::scalar* out, int64_t out_pitch, const typename V::scalar* in, int64_t in_pitch,
+                      int64_t rows, int64_t columns) {
+  vectors<V>(rows, [&](int64_t r, int lanes) {
+    read_tile<V>(Plain<V>(), out + r, in + r * in_pitch, {0, in_pitch, 1}, lanes, columns, out_pitch);
+  });
 }
 
 }  // namespace fastlvm::FASTLVM_ISA

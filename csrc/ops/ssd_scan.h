@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/product.h"
+#include "common/tiles.h"
 #include "common/vmath.h"
 #include "ops/kernels.h"
 
@@ -109,8 +110,7 @@ class Block {
   }
 
   void score(int64_t tokens) {
-    transpose(B_across_.get(), q_, B(), n_, tokens, in_.state);
-    for (int64_t k = 0; k < in_.state; ++k) fill_zero(B_across_ + k * q_ + tokens, q_ - tokens);
+    transpose<V>(B_across_.get(), q_, B(), n_, tokens, in_.state);
     lower_product(scores(), C(), n_, B_across_.get(), in_.state, tokens);
   }
 
@@ -232,30 +232,33 @@ class Block {
   // States [count, N, P] from [B, H, P, N].
   void read_states(T* states, const TensorView& view) {
     for (int64_t h = 0; h < count_; ++h, states += state_size()) {
-      const int64_t offset = offset_of(view, sequence_, first_ + h);
-      for (int64_t i = 0; i < in_.dim; ++i)
-        read_row<V>(turned_ + i * n_, view, offset + i * view.stride[2], view.stride[3], in_.state);
-      for (int64_t k = 0; k < in_.state; ++k) fill_zero(states + k * p_ + in_.dim, p_ - in_.dim);
-      transpose(states, p_, turned_.get(), n_, in_.dim, in_.state);
+      vectors<V>(in_.dim, [&](int64_t i, int lanes) {
+        read_tile<V>(states + i, view, state_at(view, h, i), lanes, in_.state, p_);
+      });
     }
   }
 
-  // A contiguous [B, H, P, N] from states [count, N, P].
+  // The reverse.
   void write_states(const TensorView& view, const T* states) const {
     if (!given(view)) return;
-    T* to = static_cast<T*>(view.data) + (sequence_ * in_.heads + first_) * in_.dim * in_.state;
-    for (int64_t h = 0; h < count_; ++h, states += state_size(), to += in_.dim * in_.state)
-      transpose(to, in_.state, states, p_, in_.state, in_.dim);
+    for (int64_t h = 0; h < count_; ++h, states += state_size())
+      vectors<V>(in_.dim, [&](int64_t i, int lanes) {
+        write_tile<V>(states + i, view, state_at(view, h, i), lanes, in_.state, p_);
+      });
   }
 
   // A state [N, P] as [P, N], in scratch; its padding is zero.
   const T* turned(const T* state) const {
-    transpose(turned_.get(), n_, state, p_, in_.state, in_.dim);
-    for (int64_t i = 0; i < in_.dim; ++i) fill_zero(turned_ + i * n_ + in_.state, n_ - in_.state);
+    transpose<V>(turned_.get(), n_, state, p_, in_.state, in_.dim);
     return turned_.get();
   }
 
  private:
+  // Rows from i on of a head's state in an array [B, H, P, N].
+  TileAt state_at(const TensorView& view, int64_t head, int64_t i) const {
+    return {offset_of(view, sequence_, first_ + head) + i * view.stride[2], view.stride[2], view.stride[3]};
+  }
+
   const SsdScan& in_;
   int64_t sequence_, group_, slice_, first_, count_, entry_, begin_, length_, chunk_;
   int64_t p_, n_, q_;  // P, N and Q in whole vectors

@@ -153,8 +153,7 @@ class Backward {
       for (int64_t i = 0; i < tokens; ++i) to_start[i] = dot(block.C() + i * n, s.dC_head + i * n, n);
       for (int64_t i = 0; i < tokens * n; i += V::width) (V::load(s.dC + i) + V::load(s.dC_head + i)).store(s.dC + i);
     }
-    transpose(s.across.get(), q, block.x(), p, tokens, in_.dim);
-    for (int64_t i = 0; i < in_.dim; ++i) fill_zero(s.across + i * q + tokens, q - tokens);
+    transpose<V>(s.across.get(), q, block.x(), p, tokens, in_.dim);
     block.lower_product(s.products.get(), s.grad_y.get(), p, s.across.get(), in_.dim, tokens);
     through_decays(block, s, tokens, dlog, reach, to_start, through);
     multiply<V, Terms::from_row>(tokens, p, tokens, {block.weights(), 1, q}, {s.grad_y.get(), p},
@@ -210,7 +209,7 @@ class Backward {
     vectors<V>(tokens, [&](int64_t i, int) {
       const V raw = V::load(block.raw_dt() + i);
       V grad = V::fma(V::set1(A), V::load(dlog + i), V::load(ddt + i));
-      if (in_.dt_softplus) grad = grad * V::if_greater(raw, V::set1(T(20)), V::set1(T(1)), sigmoid(raw));
+      if (in_.dt_softplus) grad = grad * softplus_slope(raw);
       grad.store(ddt + i);
     });
     for (int64_t i = 0; i < tokens; ++i) {
