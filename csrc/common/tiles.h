@@ -45,8 +45,7 @@ inline bool is_few_columns(TileAt at, int lanes, int64_t steps) {
   return lanes == V::width && at.step == 1 && at.lane == steps && steps > 0 && steps <= max_columns<V>;
 }
 
-// One of the strides is 1, or there is one lane. All is passed by value: a vector that is stored may alias anything
-// else.
+// One of the strides is 1, or there is one lane. By value: a vector that is stored may alias anything else.
 template <class V, class Format>
 inline void read_tile(Format format, typename V::scalar* tile, const typename Format::Element* p, TileAt at, int lanes,
                       int64_t steps, int64_t pitch) {
