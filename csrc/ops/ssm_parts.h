@@ -198,10 +198,9 @@ class Projection {
 
   Projection(const TensorView& view, const Cut& cut, const Part& part)
       : view_(view), part_(part), group_(per_channel(view) ? 0 : part.group / (cut.groups / groups_of(view))) {
-    constexpr DType own = sizeof(T) == 4 ? DType::f32 : DType::f64;
     if (per_channel(view))
       packed_.reset(div_up(part.count, V::width) * part.states * V::width);
-    else if (view.dtype != own)
+    else if (view.dtype != dtype_of<T>)
       packed_.reset(part.states * cut.chunk);
     if (per_channel(view))
       for (int64_t c = 0; c < part.count; c += V::width)
@@ -260,7 +259,7 @@ class States {
                    lanes(c), part.states);
       V most = V::zero();
       for (int64_t i = 0; i < size_; i += V::width) {
-        const V scaled = V::load(A(c) + i) * V::set1(static_cast<T>(1.4426950408889634));
+        const V scaled = V::load(A(c) + i) * V::set1(static_cast<T>(log2e));
         scaled.store(A(c) + i);
         most = V::max(most, scaled);
       }

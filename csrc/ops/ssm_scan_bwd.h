@@ -317,7 +317,7 @@ class BackwardPart {
   void write_channels(T* to, int64_t range, const T* tiles) const {
     TensorView view;
     view.data = to + range * in_.dim * in_.state;
-    view.dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+    view.dtype = dtype_of<T>;
     view.rank = 3;
     view.stride[1] = in_.state, view.stride[2] = 1;
     states_.write(view, 0, tiles);
