@@ -114,7 +114,7 @@ def build(isa: str, folder: Path) -> Path:
     library = folder / f"bound-{isa}.so"
     flags = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
     names = [f"-DFASTLVM_ISA={isa}", f"-I{ROOT / 'csrc'}", *FLAGS[isa]]
-    sources = [ROOT / "bench/bound.cpp", ROOT / "csrc/common/threads.cpp"]
+    sources = [ROOT / "bench/bound.cpp", ROOT / "csrc/common/threads.cpp", ROOT / "csrc/common/cores.cpp"]
     done = subprocess.run(
         [*shlex.split(command), *flags, *names, *sources, "-o", library], capture_output=True, text=True, check=False
     )

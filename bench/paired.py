@@ -16,7 +16,7 @@ from fastlvm import _C
 # After a call, while the threads of whoever made it still spin.
 _SETTLE = 0.01
 # Untimed calls before a timed one of less than _LONG: they wake the threads, raise the clock and warm the caches.
-_WARM, _LONG = 0.001, 0.05
+_WARM, _LONG = 0.005, 0.05
 
 
 @dataclass(frozen=True)

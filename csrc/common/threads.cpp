@@ -5,23 +5,19 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <fstream>
+#include <memory>
 #include <mutex>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#if defined(_WIN32)
-#include <windows.h>
-#else
+#include "common/cores.h"
+
+#if !defined(_WIN32)
 #include <pthread.h>
-#include <unistd.h>
-#endif
-#if defined(__linux__)
-#include <sched.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -31,7 +27,8 @@ namespace fastlvm {
 namespace {
 
 constexpr int max_threads = 1024;
-constexpr auto spin_time = std::chrono::microseconds(50);
+// Longer than Python takes from one call on torch tensors to the next, with a core's cache cold.
+constexpr auto spin_time = std::chrono::microseconds(100);
 
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -68,6 +65,12 @@ void run_serially(int64_t count, Task task, void* context) {
   InsideJob guard;
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
+
+struct Worker {
+  std::thread thread;
+  bool asleep = false;
+  Placement placement;
+};
 
 class Team {
  public:
@@ -144,20 +147,37 @@ class Team {
     if (sleepers_.load() == 0) return;
     {
       std::lock_guard lock(mutex_);
+      place_sleepers();
     }
     started_.notify_all();
   }
 
-  void loop() {
+  void place_sleepers() {
+    const int here = current_core();
+    CoreSet used;
+    for (const auto& worker : workers_) used.add(worker->placement.core);
+    for (const auto& worker : workers_)
+      if (worker->asleep) worker->placement.confine(worker->thread.native_handle(), used, here);
+  }
+
+  void loop(Worker& self) {
     inside_job = true;
+    {
+      std::lock_guard lock(mutex_);
+      self.placement.release();
+    }
     uint64_t seen = 0;
     const auto called = [&] { return ticket_.load() >> 32 != seen || stop_.load(); };
     while (true) {
       if (!spin_until(called)) {
         std::unique_lock lock(mutex_);
+        self.placement.core = current_core();
+        self.asleep = true;
         ++sleepers_;
         started_.wait(lock, called);
         --sleepers_;
+        self.asleep = false;
+        self.placement.release();
       }
       if (stop_.load()) return;
       seen = ticket_.load(std::memory_order_acquire) >> 32;
@@ -173,11 +193,18 @@ class Team {
       stop_.store(true);
     }
     started_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    for (auto& worker : workers_) worker->thread.join();
     workers_.clear();
     stop_.store(false);
     try {
-      for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { loop(); });
+      const int here = current_core();
+      for (int i = 0; i < workers; ++i) {
+        auto worker = std::make_unique<Worker>();
+        std::lock_guard lock(mutex_);
+        worker->thread = std::thread([this, &self = *worker] { loop(self); });
+        worker->placement.confine(worker->thread.native_handle(), {}, here);
+        workers_.push_back(std::move(worker));
+      }
     } catch (const std::system_error&) {
       // Those there are will do.
     }
@@ -186,7 +213,8 @@ class Team {
   std::mutex leader_;  // held for the length of a job
   bool closed_ = false;
   int wanted_ = 0;
-  std::vector<std::thread> workers_;  // fewer than wanted_ when the system gives no more threads
+  // Fewer than wanted_ when the system gives no more threads. What they hold is read and written under mutex_.
+  std::vector<std::unique_ptr<Worker>> workers_;
 
   std::atomic<uint64_t> ticket_{0};
   std::atomic<Task> task_{nullptr};
@@ -219,63 +247,6 @@ Team& team() {
   return *found;
 }
 
-#if defined(__linux__)
-int affinity_cores() {
-  for (size_t cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
-    cpu_set_t* set = CPU_ALLOC(cpus);
-    if (!set) break;
-    const size_t size = CPU_ALLOC_SIZE(cpus);
-    CPU_ZERO_S(size, set);
-    const bool ok = sched_getaffinity(0, size, set) == 0;
-    const int count = ok ? CPU_COUNT_S(size, set) : 0;
-    CPU_FREE(set);
-    if (ok && count > 0) return count;
-  }
-  return static_cast<int>(std::thread::hardware_concurrency());
-}
-
-// Cores that the control groups grant, over the group and its parents; 0 when there is no limit.
-int cgroup_cores() {
-  double least = 0;
-  const auto limit = [&](double quota, double period) {
-    if (quota > 0 && period > 0 && (least == 0 || quota / period < least)) least = quota / period;
-  };
-  const auto read = [](const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    std::getline(file, line);
-    return line;
-  };
-  const auto number = [](const std::string& text) { return std::strtod(text.c_str(), nullptr); };
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {  // "hierarchy:controllers:path"
-    const size_t first = line.find(':'), second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool unified = controllers.empty();
-    if (!unified && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
-    const std::string root = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
-    std::string path = line.substr(second + 1);
-    if (path == "/") path.clear();
-    while (true) {
-      const std::string folder = root + path;
-      if (unified) {
-        std::istringstream fields(read(folder + "/cpu.max"));
-        std::string quota, period;
-        fields >> quota >> period;
-        limit(number(quota), number(period));  // "max" reads as 0
-      } else {
-        limit(number(read(folder + "/cpu.cfs_quota_us")), number(read(folder + "/cpu.cfs_period_us")));
-      }
-      if (path.empty()) break;
-      path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
-    }
-  }
-  if (least == 0) return 0;
-  return least < 1 ? 1 : static_cast<int>(least);
-}
-#endif
-
 int default_threads() {
   const char* text = std::getenv("FASTLVM_NUM_THREADS");
   if (!text || !*text) {
@@ -293,22 +264,6 @@ int default_threads() {
 std::atomic<int> chosen_threads{0};  // 0: not chosen yet
 
 }  // namespace
-
-int available_cores() {
-#if defined(__linux__)
-  int cores = affinity_cores();
-  const int quota = cgroup_cores();
-  if (quota > 0 && quota < cores) cores = quota;
-#elif defined(_WIN32)
-  DWORD_PTR process = 0, system = 0;
-  int cores = 0;
-  if (GetProcessAffinityMask(GetCurrentProcess(), &process, &system))
-    for (; process; process &= process - 1) ++cores;
-#else
-  int cores = static_cast<int>(std::thread::hardware_concurrency());
-#endif
-  return cores < 1 ? 1 : cores;
-}
 
 int get_num_threads() {
   int count = chosen_threads.load();

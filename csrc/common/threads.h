@@ -1,7 +1,8 @@
-// The thread team: a leader (the calling thread) and workers that spin for some 50 µs after the last job, then sleep.
+// The thread team: a leader (the calling thread) and workers that spin for some 100 µs after the last job, then sleep.
 //
 // - Tasks are claimed from one counter, so a worker that the system has not woken yet holds nobody up.
 // - One job at a time. A second caller, or a task that starts a job itself, runs its tasks on its own thread.
+// - A sleeping worker is woken on a core that neither the caller nor another worker is on; see Placement in cores.h.
 // - An exception in a task is rethrown in the caller; tasks not begun by then are skipped.
 // - After a fork the child starts its own workers with its first job.
 // - The default count is FASTLVM_NUM_THREADS, else the affinity mask cut to the cgroup's cpu quota.
@@ -15,7 +16,6 @@ using Task = void (*)(void* context, int64_t index);
 
 void run_tasks(int64_t count, Task task, void* context);
 
-int available_cores();
 int get_num_threads();            // throws std::invalid_argument for a bad FASTLVM_NUM_THREADS
 void set_num_threads(int count);  // throws std::invalid_argument unless 1 <= count <= 1024
 void shutdown_threads();          // joins the workers; later jobs run on the caller's thread

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <thread>
 
+#include "common/cores.h"
 #include "common/dispatch.h"
 #include "ops.h"
 

@@ -216,7 +216,7 @@ def test_the_thread_team_alone(tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "threads"
-    sources = [ROOT / "tests/csrc/threads.cpp", ROOT / "csrc/common/threads.cpp"]
+    sources = [ROOT / "tests/csrc/threads.cpp", ROOT / "csrc/common/threads.cpp", ROOT / "csrc/common/cores.cpp"]
     flags = ["-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", "-pthread"]
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     assert subprocess.run([program], capture_output=True, text=True, timeout=60, check=True).stdout == "ok\n"

@@ -1,5 +1,6 @@
 // The thread team on its own, for a run under ThreadSanitizer:
-//   g++ -std=c++20 -O1 -g -fsanitize=thread -Icsrc tests/csrc/threads.cpp csrc/common/threads.cpp -pthread && ./a.out
+//   g++ -std=c++20 -O1 -g -fsanitize=thread -Icsrc tests/csrc/threads.cpp csrc/common/{threads,cores}.cpp -pthread &&
+//   ./a.out
 #include "common/threads.h"
 
 #include <atomic>

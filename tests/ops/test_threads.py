@@ -144,6 +144,32 @@ def test_survives_fork_while_another_thread_computes():
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="wants Linux")
+def test_workers_keep_the_cores_that_they_were_given():
+    """Waking, a worker is told where to; from then on every core of its own is free to it again."""
+    _run(
+        SETUP
+        + """
+    import time
+    fastlvm.set_num_threads(3)
+    cores = os.sched_getaffinity(0)
+    def workers():
+        return [int(t) for t in os.listdir("/proc/self/task") if int(t) not in before]
+    before = [int(t) for t in os.listdir("/proc/self/task")]
+    def affinities():
+        for _ in range(5):
+            time.sleep(0.02)  # asleep by then
+            scan()
+        time.sleep(0.1)
+        return {frozenset(os.sched_getaffinity(t)) for t in workers()}
+    assert affinities() == {frozenset(cores)} and len(workers()) == 2
+    for t in workers():
+        os.sched_setaffinity(t, [min(cores)])
+    assert affinities() == {frozenset([min(cores)])}
+    """
+    )
+
+
 def test_leaves_quietly():
     """Workers that sleep or compute must not keep the interpreter from ending."""
     _run(SETUP + "    scan()\n")

@@ -1,0 +1,47 @@
+// The cores that the process may use, and on which of them a thread wakes.
+#pragma once
+
+#include <thread>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace fastlvm {
+
+int available_cores();  // the affinity mask, cut to the cgroup's cpu quota
+int current_core();     // that the caller runs on; -1 where the system does not say
+
+struct CoreSet {
+#if defined(__linux__)
+  cpu_set_t cores{};
+  void add(int core);
+#else
+  void add(int) {}
+#endif
+};
+
+// Where a thread wakes. In a virtual machine Linux takes a core that has been idle for a while for one that the host
+// has taken away, so it wakes a thread on the core of the one that calls it, and moves it milliseconds later. So the
+// caller leaves it no choice but the cores that are not in use; once awake, it takes its own cores back.
+class Placement {
+ public:
+  int core = -1;  // where the thread fell asleep
+
+#if defined(__linux__)
+  // By who wakes the thread, on core `here`. Of the cores in `used` its own is free to it.
+  void confine(std::thread::native_handle_type thread, CoreSet used, int here);
+  // By the thread itself, once awake. Does nothing where somebody else has set its cores since.
+  void release();
+
+ private:
+  bool confined_ = false;
+  cpu_set_t own_{}, confined_to_{};
+#else
+  void confine(std::thread::native_handle_type, const CoreSet&, int) {}
+  void release() {}
+#endif
+};
+
+}  // namespace fastlvm
