@@ -68,23 +68,29 @@ class Projection {
   Row<V> elements_;
 };
 
-// h[n] = next(n, h[n], lanes) for n < count; returns C · h. Lanes that are no elements are kept out of the sum.
+// h[n] = next(n, h[n], lanes) for n < count; returns C · h. Lanes that are no elements are kept out of the sum, which
+// begins anew after 32 vectors: a sum of hundreds of float32 products one after the other loses a digit.
 template <class V, class Next>
 inline typename V::scalar advance(const typename V::scalar* C, typename V::scalar* h, int64_t count, Next next) {
-  V y = V::zero();
-  int64_t n = 0;
-  for (; n + V::width <= count; n += V::width) {
-    const V after = next(n, V::load(h + n), V::width);
-    after.store(h + n);
-    y = V::fma(V::load(C + n), after, y);
+  typename V::scalar total = 0;
+  for (int64_t n = 0; n < count;) {
+    V y = V::zero();
+    const int64_t end = smaller(count, n + 32 * V::width);
+    for (; n + V::width <= end; n += V::width) {
+      const V after = next(n, V::load(h + n), V::width);
+      after.store(h + n);
+      y = V::fma(V::load(C + n), after, y);
+    }
+    if (n < end) {
+      const int lanes = static_cast<int>(end - n);
+      const V after = V::first(next(n, V::load_first(h + n, lanes), lanes), lanes);
+      after.store_first(h + n, lanes);
+      y = V::fma(V::load_first(C + n, lanes), after, y);
+      n = end;
+    }
+    total += V::sum(y);
   }
-  if (n < count) {
-    const int lanes = static_cast<int>(count - n);
-    const V after = V::first(next(n, V::load_first(h + n, lanes), lanes), lanes);
-    after.store_first(h + n, lanes);
-    y = V::fma(V::load_first(C + n, lanes), after, y);
-  }
-  return V::sum(y);
+  return total;
 }
 
 template <class V>
