@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/dlpack.h"
+#include "common/memory.h"
 
 namespace py = pybind11;
 
@@ -69,6 +70,14 @@ bool empty(const TensorView& view) {
   return false;
 }
 
+void prefer_huge_pages_for(const TensorView& view) {
+  if (empty(view)) return;
+  const int64_t size = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
+  int64_t first = 0, last = 0;
+  for (int i = 0; i < view.rank; ++i) (view.stride[i] < 0 ? first : last) += (view.shape[i] - 1) * view.stride[i];
+  prefer_huge_pages(static_cast<char*>(view.data) + first * size, static_cast<size_t>((last + 1 - first) * size));
+}
+
 }  // namespace
 
 Array::Array(const char* name, py::handle object, Access access, bool optional) : name_(name) {
@@ -77,10 +86,10 @@ Array::Array(const char* name, py::handle object, Access access, bool optional) 
     fail("got None, wants an array");
   }
   if (PyObject_CheckBuffer(object.ptr())) {
-    const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (access == Access::write ? PyBUF_WRITABLE : 0);
+    const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (access != Access::read ? PyBUF_WRITABLE : 0);
     if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) {
       const py::error_already_set error;
-      fail(std::string("cannot be ") + (access == Access::write ? "written to" : "read") + " (" + error.what() + ")");
+      fail(std::string("cannot be ") + (access != Access::read ? "written to" : "read") + " (" + error.what() + ")");
     }
     try {
       from_buffer();
@@ -97,6 +106,7 @@ Array::Array(const char* name, py::handle object, Access access, bool optional) 
   static double nothing;  // torch's empty tensors have no address, and kernels add offsets to what they are given
   if (!view_.data && !empty(view_)) fail("got an array without memory, wants one with its elements in memory");
   if (!view_.data) view_.data = &nothing;
+  if (access == Access::fresh) prefer_huge_pages_for(view_);
 }
 
 Array::~Array() {

@@ -14,7 +14,7 @@
 
 namespace fastlvm {
 
-enum class Access { read, write };
+enum class Access { read, write, fresh };  // fresh: written whole, in memory that may never have been touched
 
 // One argument. It keeps the array alive and is created and destroyed with the GIL held.
 class Array {

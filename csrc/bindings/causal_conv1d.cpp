@@ -46,7 +46,7 @@ struct ConvInputs {
 void causal_conv1d(py::handle x, py::handle weight, py::handle bias, bool silu, py::handle initial_state,
                    py::handle out, py::handle final_state, py::handle cu_seqlens) {
   ConvInputs in(x, weight, bias, silu, initial_state, cu_seqlens);
-  const Array result("out", out, Access::write), last("final_state", final_state, Access::write, optional);
+  const Array result("out", out, Access::fresh), last("final_state", final_state, Access::fresh, optional);
   const Sizes sizes = in.check();
   check_shape(result, "BDL", sizes);
   check_shape(last, "SDK", sizes);
@@ -63,9 +63,9 @@ void causal_conv1d_bwd(py::handle grad_out, py::handle grad_final_state, py::han
   ConvInputs in(x, weight, bias, silu, initial_state, cu_seqlens);
   const Array grad("grad_out", grad_out, Access::read, optional);
   const Array grad_last("grad_final_state", grad_final_state, Access::read, optional);
-  const Array to_x("dx", dx, Access::write, optional), to_weight("dweight", dweight, Access::write, optional);
-  const Array to_bias("dbias", dbias, Access::write, optional);
-  const Array to_initial("dinitial_state", dinitial_state, Access::write, optional);
+  const Array to_x("dx", dx, Access::fresh, optional), to_weight("dweight", dweight, Access::fresh, optional);
+  const Array to_bias("dbias", dbias, Access::fresh, optional);
+  const Array to_initial("dinitial_state", dinitial_state, Access::fresh, optional);
   const Sizes sizes = in.check();
   check_inputs({{grad, "BDL"}, {grad_last, "SDK"}}, sizes, in.float64());
   check_wanted(to_bias, in.bias);

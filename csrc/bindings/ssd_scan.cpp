@@ -65,7 +65,7 @@ void ssd_scan(py::handle x, py::handle dt, py::handle A, py::handle B, py::handl
               py::handle dt_bias, bool dt_softplus, py::handle initial_state, py::handle out, py::handle final_state,
               py::handle cu_seqlens) {
   SsdInputs in(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
-  const Array result("out", out, Access::write), last("final_state", final_state, Access::write, optional);
+  const Array result("out", out, Access::fresh), last("final_state", final_state, Access::fresh, optional);
   const Sizes sizes = in.check();
   check_shape(result, "BLHP", sizes);
   check_output(result, in.x.view().dtype);
@@ -82,7 +82,7 @@ void ssd_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle x
   SsdInputs in(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
   const Array grad("grad_out", grad_out, Access::read, optional);
   const Array grad_last("grad_final_state", grad_final_state, Access::read, optional);
-  const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::write, optional); };
+  const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::fresh, optional); };
   const Array to_x = output("dx", dx), to_dt = output("ddt", ddt), to_A = output("dA", dA), to_B = output("dB", dB);
   const Array to_C = output("dC", dC), to_D = output("dD", dD), to_z = output("dz", dz);
   const Array to_bias = output("ddt_bias", ddt_bias), to_initial = output("dinitial_state", dinitial_state);

@@ -71,8 +71,8 @@ void ssm_scan(py::handle u, py::handle delta, py::handle A, py::handle B, py::ha
               py::handle delta_bias, bool delta_softplus, py::handle initial_state, py::handle out,
               py::handle final_state, py::handle cu_seqlens, py::handle checkpoints) {
   ScanInputs in(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
-  const Array result("out", out, Access::write), last("final_state", final_state, Access::write, optional);
-  const Array kept("checkpoints", checkpoints, Access::write, optional);
+  const Array result("out", out, Access::fresh), last("final_state", final_state, Access::fresh, optional);
+  const Array kept("checkpoints", checkpoints, Access::fresh, optional);
   const Sizes sizes = in.check();
   check_outputs_wanted(result, sizes, !in.offsets.empty());
   check_output(result, in.u.view().dtype);
@@ -92,7 +92,7 @@ void ssm_scan_bwd(py::handle grad_out, py::handle grad_final_state, py::handle u
   const Array grad("grad_out", grad_out, Access::read, optional);
   const Array grad_last("grad_final_state", grad_final_state, Access::read, optional);
   const Array kept("checkpoints", checkpoints, Access::read, optional);
-  const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::write, optional); };
+  const auto output = [](const char* name, py::handle array) { return Array(name, array, Access::fresh, optional); };
   const Array to_u = output("du", du), to_delta = output("ddelta", ddelta), to_A = output("dA", dA);
   const Array to_B = output("dB", dB), to_C = output("dC", dC), to_D = output("dD", dD), to_z = output("dz", dz);
   const Array to_bias = output("ddelta_bias", ddelta_bias), to_initial = output("dinitial_state", dinitial_state);
