@@ -9,6 +9,9 @@
 #if defined(_WIN32)
 #include <windows.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fastlvm {
 
@@ -78,23 +81,34 @@ void CoreSet::add(int core) {
   if (core >= 0 && core < CPU_SETSIZE) CPU_SET(core, &cores);
 }
 
-void Placement::confine(std::thread::native_handle_type thread, CoreSet used, int here) {
-  if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &used.cores);
-  used.add(here);
-  // Fails, and nothing is done, where there are more cores than a cpu_set_t holds.
-  if (confined_ || pthread_getaffinity_np(thread, sizeof own_, &own_) != 0) return;
-  CPU_AND(&confined_to_, &own_, &used.cores);
-  CPU_XOR(&confined_to_, &own_, &confined_to_);
-  confined_ = CPU_COUNT(&confined_to_) > 0 && !CPU_EQUAL(&confined_to_, &own_) &&
-              pthread_setaffinity_np(thread, sizeof confined_to_, &confined_to_) == 0;
+bool Placement::is_needed() {
+#if defined(__x86_64__)
+  static const bool in_virtual_machine = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 31);
+  }();
+  return in_virtual_machine;
+#else
+  return false;
+#endif
 }
 
-void Placement::release() {
+void Placement::confine(Thread thread, CoreSet used, int here) {
+  // Fails, and nothing is done, where there are more cores than a cpu_set_t holds.
+  if (confined_ || pthread_getaffinity_np(thread, sizeof own_, &own_) != 0) return;
+  if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &used.cores);
+  used.add(here);
+  CPU_AND(&confined_to_, &own_, &used.cores);
+  CPU_XOR(&confined_to_, &own_, &confined_to_);
+  confined_ = CPU_COUNT(&confined_to_) > 0 && pthread_setaffinity_np(thread, sizeof confined_to_, &confined_to_) == 0;
+}
+
+void Placement::release(Thread thread) {
   if (!confined_) return;
   confined_ = false;
   cpu_set_t now;
-  if (pthread_getaffinity_np(pthread_self(), sizeof now, &now) == 0 && CPU_EQUAL(&now, &confined_to_))
-    pthread_setaffinity_np(pthread_self(), sizeof own_, &own_);
+  if (pthread_getaffinity_np(thread, sizeof now, &now) == 0 && CPU_EQUAL(&now, &confined_to_))
+    pthread_setaffinity_np(thread, sizeof own_, &own_);
 }
 #else
 int current_core() { return -1; }

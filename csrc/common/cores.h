@@ -22,25 +22,28 @@ struct CoreSet {
 #endif
 };
 
-// Where a thread wakes. In a virtual machine Linux takes a core that has been idle for a while for one that the host
-// has taken away, so it wakes a thread on the core of the one that calls it, and moves it milliseconds later. So the
-// caller leaves it no choice but the cores that are not in use; once awake, it takes its own cores back.
+// Where a thread wakes. In a virtual machine Linux (x86) takes a core that has been idle for a while for one that the
+// host has taken away, so it wakes a thread on the core of the one that calls it, and moves it milliseconds later.
+// There the caller leaves it no choice but the cores that are not in use; once awake, it takes its own back.
 class Placement {
  public:
+  using Thread = std::thread::native_handle_type;
   int core = -1;  // where the thread fell asleep
 
 #if defined(__linux__)
+  static bool is_needed();
   // By who wakes the thread, on core `here`. Of the cores in `used` its own is free to it.
-  void confine(std::thread::native_handle_type thread, CoreSet used, int here);
-  // By the thread itself, once awake. Does nothing where somebody else has set its cores since.
-  void release();
+  void confine(Thread thread, CoreSet used, int here);
+  // By the thread itself, once awake. Nothing where somebody else has set its cores since.
+  void release(Thread thread);
 
  private:
   bool confined_ = false;
   cpu_set_t own_{}, confined_to_{};
 #else
-  void confine(std::thread::native_handle_type, const CoreSet&, int) {}
-  void release() {}
+  static bool is_needed() { return false; }
+  void confine(Thread, const CoreSet&, int) {}
+  void release(Thread) {}
 #endif
 };
 

@@ -153,6 +153,7 @@ class Team {
   }
 
   void place_sleepers() {
+    if (!Placement::is_needed()) return;
     const int here = current_core();
     CoreSet used;
     for (const auto& worker : workers_) used.add(worker->placement.core);
@@ -164,7 +165,7 @@ class Team {
     inside_job = true;
     {
       std::lock_guard lock(mutex_);
-      self.placement.release();
+      self.placement.release(self.thread.native_handle());
     }
     uint64_t seen = 0;
     const auto called = [&] { return ticket_.load() >> 32 != seen || stop_.load(); };
@@ -177,7 +178,7 @@ class Team {
         started_.wait(lock, called);
         --sleepers_;
         self.asleep = false;
-        self.placement.release();
+        self.placement.release(self.thread.native_handle());
       }
       if (stop_.load()) return;
       seen = ticket_.load(std::memory_order_acquire) >> 32;
@@ -202,7 +203,7 @@ class Team {
         auto worker = std::make_unique<Worker>();
         std::lock_guard lock(mutex_);
         worker->thread = std::thread([this, &self = *worker] { loop(self); });
-        worker->placement.confine(worker->thread.native_handle(), {}, here);
+        if (Placement::is_needed()) worker->placement.confine(worker->thread.native_handle(), {}, here);
         workers_.push_back(std::move(worker));
       }
     } catch (const std::system_error&) {
