@@ -70,12 +70,16 @@ bool empty(const TensorView& view) {
   return false;
 }
 
+// Where the elements fill the memory that they span: elsewhere pages that nobody writes to would be asked for too.
 void prefer_huge_pages_for(const TensorView& view) {
-  if (empty(view)) return;
+  int64_t first = 0, last = 0, count = 1;
+  for (int i = 0; i < view.rank; ++i) {
+    count *= view.shape[i];
+    (view.stride[i] < 0 ? first : last) += (view.shape[i] - 1) * view.stride[i];
+  }
+  if (count == 0 || last + 1 - first != count) return;
   const int64_t size = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
-  int64_t first = 0, last = 0;
-  for (int i = 0; i < view.rank; ++i) (view.stride[i] < 0 ? first : last) += (view.shape[i] - 1) * view.stride[i];
-  prefer_huge_pages(static_cast<char*>(view.data) + first * size, static_cast<size_t>((last + 1 - first) * size));
+  prefer_huge_pages(static_cast<char*>(view.data) + first * size, static_cast<size_t>(count * size));
 }
 
 }  // namespace

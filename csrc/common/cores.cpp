@@ -1,6 +1,7 @@
 #include "common/cores.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -73,42 +74,58 @@ int cgroup_cores() {
   return least < 1 ? 1 : static_cast<int>(least);
 }
 
+// Known before anybody can fork.
+const bool in_virtual_machine = [] {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 31);
+#else
+  return false;
+#endif
+}();
+
 }  // namespace
 
 int current_core() { return sched_getcpu(); }
+
+bool CoreSet::has(int core) const { return core >= 0 && core < CPU_SETSIZE && CPU_ISSET(core, &cores); }
 
 void CoreSet::add(int core) {
   if (core >= 0 && core < CPU_SETSIZE) CPU_SET(core, &cores);
 }
 
-bool Placement::is_needed() {
-#if defined(__x86_64__)
-  static const bool in_virtual_machine = [] {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 31);
-  }();
-  return in_virtual_machine;
-#else
-  return false;
-#endif
+void CoreSet::remove(int core) {
+  if (has(core)) CPU_CLR(core, &cores);
 }
 
-void Placement::confine(Thread thread, CoreSet used, int here) {
+bool Placement::is_needed() { return in_virtual_machine; }
+
+void Placement::confine(Thread thread, const CoreSet& used) {
   // Fails, and nothing is done, where there are more cores than a cpu_set_t holds.
-  if (confined_ || pthread_getaffinity_np(thread, sizeof own_, &own_) != 0) return;
-  if (core >= 0 && core < CPU_SETSIZE) CPU_CLR(core, &used.cores);
-  used.add(here);
-  CPU_AND(&confined_to_, &own_, &used.cores);
-  CPU_XOR(&confined_to_, &own_, &confined_to_);
-  confined_ = CPU_COUNT(&confined_to_) > 0 && pthread_setaffinity_np(thread, sizeof confined_to_, &confined_to_) == 0;
+  if (confined_ ? !is_as_left(thread) : pthread_getaffinity_np(thread, sizeof own_, &own_) != 0) return;
+  cpu_set_t left;
+  CPU_AND(&left, &own_, &used.cores);
+  CPU_XOR(&left, &own_, &left);
+  if (CPU_COUNT(&left) == 0 || pthread_setaffinity_np(thread, sizeof left, &left) != 0) return;
+  confined_ = true, left_ = left;
 }
 
 void Placement::release(Thread thread) {
-  if (!confined_) return;
+  const bool mine = confined_ && is_as_left(thread);
   confined_ = false;
+  if (!mine) return;
+  // Any core at all, which the system cuts to those of the control group, now and whenever they change. The cores the
+  // thread had are named only where somebody had chosen among them.
   cpu_set_t now;
-  if (pthread_getaffinity_np(thread, sizeof now, &now) == 0 && CPU_EQUAL(&now, &confined_to_))
+  memset(&now, -1, sizeof now);
+  if (pthread_setaffinity_np(thread, sizeof now, &now) != 0 || pthread_getaffinity_np(thread, sizeof now, &now) != 0 ||
+      !CPU_EQUAL(&now, &own_))
     pthread_setaffinity_np(thread, sizeof own_, &own_);
+}
+
+bool Placement::is_as_left(Thread thread) const {
+  cpu_set_t now;
+  return pthread_getaffinity_np(thread, sizeof now, &now) == 0 && CPU_EQUAL(&now, &left_);
 }
 #else
 int current_core() { return -1; }

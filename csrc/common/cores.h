@@ -16,9 +16,13 @@ int current_core();     // that the caller runs on; -1 where the system does not
 struct CoreSet {
 #if defined(__linux__)
   cpu_set_t cores{};
+  bool has(int core) const;
   void add(int core);
+  void remove(int core);
 #else
+  bool has(int) const { return false; }
   void add(int) {}
+  void remove(int) {}
 #endif
 };
 
@@ -32,17 +36,19 @@ class Placement {
 
 #if defined(__linux__)
   static bool is_needed();
-  // By who wakes the thread, on core `here`. Of the cores in `used` its own is free to it.
-  void confine(Thread thread, CoreSet used, int here);
-  // By the thread itself, once awake. Nothing where somebody else has set its cores since.
+  // By who wakes the thread; nothing where no core is left.
+  void confine(Thread thread, const CoreSet& used);
+  // By the thread itself, once awake. Nothing where somebody else has given it other cores since.
   void release(Thread thread);
 
  private:
+  bool is_as_left(Thread thread) const;
+
   bool confined_ = false;
-  cpu_set_t own_{}, confined_to_{};
+  cpu_set_t own_{}, left_{};
 #else
   static bool is_needed() { return false; }
-  void confine(Thread, const CoreSet&, int) {}
+  void confine(Thread, const CoreSet&) {}
   void release(Thread) {}
 #endif
 };

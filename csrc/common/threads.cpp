@@ -152,38 +152,50 @@ class Team {
     started_.notify_all();
   }
 
+  // No two of the team on one core, as far as there are cores.
   void place_sleepers() {
     if (!Placement::is_needed()) return;
-    const int here = current_core();
-    CoreSet used;
+    CoreSet used, taken;
     for (const auto& worker : workers_) used.add(worker->placement.core);
-    for (const auto& worker : workers_)
-      if (worker->asleep) worker->placement.confine(worker->thread.native_handle(), used, here);
+    const int here = current_core();
+    used.add(here), taken.add(here);
+    for (const auto& worker : workers_) {
+      if (!worker->asleep) continue;
+      const int own = worker->placement.core;
+      CoreSet others = used;
+      if (!taken.has(own)) others.remove(own), taken.add(own);
+      worker->placement.confine(worker->thread.native_handle(), others);
+    }
   }
 
   void loop(Worker& self) {
     inside_job = true;
     {
-      std::lock_guard lock(mutex_);
-      self.placement.release(self.thread.native_handle());
+      std::lock_guard until_placed(mutex_);
     }
+    self.placement.release(self.thread.native_handle());
     uint64_t seen = 0;
     const auto called = [&] { return ticket_.load() >> 32 != seen || stop_.load(); };
     while (true) {
       if (!spin_until(called)) {
-        std::unique_lock lock(mutex_);
-        self.placement.core = current_core();
-        self.asleep = true;
-        ++sleepers_;
-        started_.wait(lock, called);
-        --sleepers_;
-        self.asleep = false;
+        sleep_until(called, self);
         self.placement.release(self.thread.native_handle());
       }
       if (stop_.load()) return;
       seen = ticket_.load(std::memory_order_acquire) >> 32;
       work();
     }
+  }
+
+  template <class Called>
+  void sleep_until(Called called, Worker& self) {
+    std::unique_lock lock(mutex_);
+    self.placement.core = current_core();
+    self.asleep = true;
+    ++sleepers_;
+    started_.wait(lock, called);
+    --sleepers_;
+    self.asleep = false;
   }
 
   void resize(int workers) {
@@ -198,12 +210,14 @@ class Team {
     workers_.clear();
     stop_.store(false);
     try {
-      const int here = current_core();
+      workers_.reserve(static_cast<size_t>(workers));
+      CoreSet used;
+      used.add(current_core());
       for (int i = 0; i < workers; ++i) {
         auto worker = std::make_unique<Worker>();
         std::lock_guard lock(mutex_);
         worker->thread = std::thread([this, &self = *worker] { loop(self); });
-        if (Placement::is_needed()) worker->placement.confine(worker->thread.native_handle(), {}, here);
+        if (Placement::is_needed()) worker->placement.confine(worker->thread.native_handle(), used);
         workers_.push_back(std::move(worker));
       }
     } catch (const std::system_error&) {
@@ -214,7 +228,7 @@ class Team {
   std::mutex leader_;  // held for the length of a job
   bool closed_ = false;
   int wanted_ = 0;
-  // Fewer than wanted_ when the system gives no more threads. What they hold is read and written under mutex_.
+  // Fewer than wanted_ when the system gives no more threads. What others read of them is under mutex_.
   std::vector<std::unique_ptr<Worker>> workers_;
 
   std::atomic<uint64_t> ticket_{0};

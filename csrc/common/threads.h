@@ -2,7 +2,7 @@
 //
 // - Tasks are claimed from one counter, so a worker that the system has not woken yet holds nobody up.
 // - One job at a time. A second caller, or a task that starts a job itself, runs its tasks on its own thread.
-// - In a virtual machine a sleeping worker is woken on a core that nobody else of the team is on: see Placement.
+// - In a virtual machine a sleeping worker is woken on a core of its own where there are enough: see Placement.
 // - An exception in a task is rethrown in the caller; tasks not begun by then are skipped.
 // - After a fork the child starts its own workers with its first job.
 // - The default count is FASTLVM_NUM_THREADS, else the affinity mask cut to the cgroup's cpu quota.

@@ -69,7 +69,8 @@ class Projection {
 };
 
 // h[n] = next(n, h[n], lanes) for n < count; returns C · h. Lanes that are no elements are kept out of the sum, which
-// begins anew after 32 vectors: a sum of hundreds of float32 products one after the other loses a digit.
+// begins anew after 32 vectors: a sum of hundreds of float32 products one after the other loses a digit. Within a
+// stretch that is so for vectors of up to four.
 template <class V, class Next>
 inline typename V::scalar advance(const typename V::scalar* C, typename V::scalar* h, int64_t count, Next next) {
   typename V::scalar total = 0;

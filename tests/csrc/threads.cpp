@@ -5,12 +5,16 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "common/cores.h"
 
 using namespace fastlvm;
 
@@ -32,7 +36,79 @@ void run_once_each(int64_t count) {
   for (const int hit : hits) expect(hit == 1, "each task runs once");
 }
 
+#if defined(__linux__)
+
+cpu_set_t cores_of(pthread_t thread) {
+  cpu_set_t cores{};
+  expect(pthread_getaffinity_np(thread, sizeof cores, &cores) == 0, "a thread has cores");
+  return cores;
+}
+
+// A thread that is confined while it sleeps wakes on a core that is left to it, and then has the cores it had before:
+// all of the process if `chosen` is -1, else that one.
+void wakes_where_it_is_told(int chosen) {
+  std::mutex mutex;
+  std::condition_variable called;
+  bool go = false, released = false;
+  int woke_on = -1;
+  Placement placement;
+  std::thread sleeper([&] {
+    std::unique_lock lock(mutex);
+    called.wait(lock, [&] { return go; });
+    woke_on = current_core();
+    placement.release(pthread_self());
+    released = true;
+    called.notify_all();
+    called.wait(lock, [&] { return !go; });
+  });
+  const pthread_t thread = sleeper.native_handle();
+  if (chosen >= 0) {
+    cpu_set_t one{};
+    CPU_SET(chosen, &one);
+    expect(pthread_setaffinity_np(thread, sizeof one, &one) == 0, "cores can be chosen");
+  }
+  const cpu_set_t own = cores_of(thread);
+  CoreSet used;  // all but the last
+  int last = 0;
+  for (int core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &own)) used.add(core), last = core;
+  placement.confine(thread, used);
+  cpu_set_t now = cores_of(thread);
+  expect(CPU_EQUAL(&now, &own), "a thread without a core that is free keeps its own");
+  used.remove(last);
+  placement.confine(thread, used);
+  now = cores_of(thread);
+  expect(CPU_COUNT(&now) == 1 && CPU_ISSET(last, &now), "a thread is left the cores that are not in use");
+  std::unique_lock lock(mutex);
+  go = true;
+  called.notify_all();
+  called.wait(lock, [&] { return released; });
+  expect(woke_on == last, "a thread wakes on a core that is left to it");
+  now = cores_of(thread);
+  expect(CPU_EQUAL(&now, &own), "a thread that is awake has its cores again");
+
+  if (CPU_COUNT(&own) > 1) {
+    placement.confine(thread, used);
+    cpu_set_t another = own;
+    CPU_CLR(last, &another);
+    expect(pthread_setaffinity_np(thread, sizeof another, &another) == 0, "cores can be chosen");
+    placement.release(thread);
+    now = cores_of(thread);
+    expect(CPU_EQUAL(&now, &another), "cores that somebody else has set since stay");
+  }
+  go = false;
+  called.notify_all();
+  lock.unlock();
+  sleeper.join();
+}
+
+#endif
+
 int main() {
+#if defined(__linux__)
+  wakes_where_it_is_told(-1);
+  wakes_where_it_is_told(current_core());
+#endif
   set_num_threads(4);
   for (int i = 0; i < 2000; ++i) run_once_each(i % 37);
   for (int i = 0; i < 20; ++i) {  // from the workers' sleep

@@ -146,41 +146,32 @@ def test_survives_fork_while_another_thread_computes():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="wants Linux")
 def test_workers_have_the_cores_that_they_were_given():
-    """Waking they may be told where to; before and after, every core of their own is free to them."""
+    """Waking they may be told where to, see Placement in cores.h; then every core of their own is free to them."""
     _run(
         SETUP
         + """
     import time
     fastlvm.set_num_threads(3)
-    v = g.standard_normal((4, 64, 50000), np.float32)
-    w = g.standard_normal((4, 16, 50000), np.float32)
     cores = os.sched_getaffinity(0)
     before = [int(t) for t in os.listdir("/proc/self/task")]
     scan()
     workers = [int(t) for t in os.listdir("/proc/self/task") if int(t) not in before]
     assert len(workers) == 2
-    def affinities():
-        return {frozenset(os.sched_getaffinity(t)) for t in workers}
-    def at_work():
-        long = threading.Thread(target=lambda: fastlvm.ssm_scan(v, v, A, w, w, delta_softplus=True))
-        long.start()
-        seen = []
-        while long.is_alive():
-            seen.append(affinities())
-            time.sleep(0.005)
-        long.join()
-        return seen
-    for _ in range(3):
-        time.sleep(0.05)
-        assert affinities() == {frozenset(cores)}
-        assert any({frozenset(cores)} in at_work() for _ in range(20))  # it may wait for a core
-    time.sleep(0.05)
+    def come_to_have(wanted):
+        end = time.monotonic() + 20
+        while {frozenset(os.sched_getaffinity(t)) for t in workers} != {frozenset(wanted)}:
+            assert time.monotonic() < end, [os.sched_getaffinity(t) for t in workers]
+            time.sleep(0.001)
+    for _ in range(10):
+        time.sleep(0.005)  # asleep by then, mostly
+        scan()
+    come_to_have(cores)
     for t in workers:
         os.sched_setaffinity(t, [min(cores)])
-    for _ in range(3):
-        time.sleep(0.05)
-        assert affinities() == {frozenset([min(cores)])}
-        assert all(seen == {frozenset([min(cores)])} for seen in at_work())
+    for _ in range(10):
+        time.sleep(0.005)
+        scan()
+    come_to_have([min(cores)])
     """
     )
 
