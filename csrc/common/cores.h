@@ -26,9 +26,10 @@ struct CoreSet {
 #endif
 };
 
-// Where a thread wakes. In a virtual machine Linux (x86) takes a core that has been idle for a while for one that the
-// host has taken away, so it wakes a thread on the core of the one that calls it, and moves it milliseconds later.
-// There the caller leaves it no choice but the cores that are not in use; once awake, it takes its own back.
+// Where a thread wakes. In a virtual machine (seen in one, KVM on x86) Linux may wake a thread on the core of the one
+// that calls it though another is idle, and move it only milliseconds later: a core that has been idle for a while may
+// look like one that the host has taken away. So there the caller leaves it no choice but the cores that are not in
+// use; once awake, it takes its own back.
 class Placement {
  public:
   using Thread = std::thread::native_handle_type;
@@ -38,7 +39,8 @@ class Placement {
   static bool is_needed();
   // By who wakes the thread; nothing where no core is left.
   void confine(Thread thread, const CoreSet& used);
-  // By the thread itself, once awake. Nothing where somebody else has given it other cores since.
+  // By the thread itself, once awake. Nothing where somebody else has given it other cores since; that they chose the
+  // very ones that it was left cannot be told.
   void release(Thread thread);
 
  private:
