@@ -9,17 +9,21 @@
 
 namespace fastlvm::FASTLVM_ISA::linear {
 
-constexpr int64_t work_worth_sharing = 1 << 22;  // multiply-adds: about 0.1 ms of one core
+constexpr int64_t work_worth_sharing = 1 << 20;  // multiply-adds: some 40 µs of one core
 constexpr int64_t outputs_per_task = 32;
 constexpr int max_rows = 5;                             // of a tile: one context of the default length
 constexpr int tile_outputs = Vec::width >= 16 ? 4 : 2;  // accumulators, weights and an input fit the registers
 
-// sums[r][o] += x_r · w_o over one vector of inputs, which `load` reads.
+// sums[r][o] += x_r · w_o over one vector of inputs, which `load` reads. The same place of the tile that comes next is
+// fetched: rows are too short for the processor to foresee.
 template <int Rows, int Outputs, class Load>
 FASTLVM_INLINE void step(Vec (&sums)[Rows][Outputs], const float* x, const float* w, int64_t inputs, Load load) {
   Vec weights[Outputs];
   FASTLVM_UNROLL
-  for (int o = 0; o < Outputs; ++o) weights[o] = load(w + o * inputs);
+  for (int o = 0; o < Outputs; ++o) {
+    weights[o] = load(w + o * inputs);
+    if constexpr (Vec::width >= 8) FASTLVM_PREFETCH(w + (Outputs + o) * inputs);  // narrower: many to a line
+  }
   FASTLVM_UNROLL
   for (int r = 0; r < Rows; ++r) {
     const Vec in = load(x + r * inputs);
