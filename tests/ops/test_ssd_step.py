@@ -35,6 +35,14 @@ def test_matches_the_oracle(case, backend):
     assert np.array_equal(numpy_state, state.numpy())
 
 
+def test_a_sum_of_hundreds_of_terms_keeps_its_digits(backend):
+    """Terms that one float32 sum would cut, one after the other, by half of its last digit."""
+    term = 1 + 0.49 * 2.0**-16
+    state, ones, zeros = torch.full((1, 2, 3, 256), term), torch.ones(1, 1, 256), torch.zeros(1, 2, 3)
+    out = fastlvm.ssd_step(state, zeros, zeros[..., 0], torch.zeros(2), ones, ones, backend=backend)
+    assert relative_error(out, 256 * state[..., 0].double()) <= 5e-7
+
+
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_float64_is_exact(case, backend):
     inputs = case.inputs(torch.float64, torch.float64)
