@@ -13,7 +13,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ssm_scan(m);
   bind_ssd_scan(m);
   bind_causal_conv1d(m);
-  bind_linear(m);
+  bind_model(m);
   bind_ssm_step(m);
   bind_causal_conv1d_step(m);
   bind_ssd_step(m);
@@ -24,6 +24,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &available_isas, "Instruction sets this machine can run, best last.");
   m.def("compiled_isas", &compiled_isas);
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def(
+      "products",
+      [] {
+        py::dict found;
+        const char* const names[] = {"fp32", "bf16", "int8"};
+        const Products products = active_products();
+        for (int i = 0; i < precisions; ++i) found[names[i]] = products.of[i]->name;
+        return found;
+      },
+      "By precision, the instructions that a model's matrices are multiplied with.");
+  m.def("set_extensions", &set_extensions, py::arg("wanted"));
 
   py::module_::import("atexit").attr("register")(py::cpp_function([] {
     py::gil_scoped_release release;

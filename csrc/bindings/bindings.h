@@ -22,7 +22,7 @@ namespace fastlvm {
 void bind_ssm_scan(py::module_& m);
 void bind_ssd_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
-void bind_linear(py::module_& m);
+void bind_model(py::module_& m);
 void bind_ssm_step(py::module_& m);
 void bind_causal_conv1d_step(py::module_& m);
 void bind_ssd_step(py::module_& m);
@@ -30,12 +30,12 @@ void bind_ssd_step(py::module_& m);
 // Calls a kernel without the GIL. A daemon thread that is still computing when the interpreter ends cannot have the GIL
 // back: CPython before 3.14 then ends the thread by unwinding its stack, which a destructor (py::gil_scoped_release)
 // must not be part of. Such a thread is left waiting for the process to end.
-template <class Args>
-void call_without_gil(void (*kernel)(const Args&), const Args& args) {
+template <class Call>
+void call_without_gil(Call call) {
   PyThreadState* const state = PyEval_SaveThread();
   std::exception_ptr error;
   try {
-    kernel(args);
+    call();
   } catch (const std::exception&) {
     error = std::current_exception();
   }
@@ -45,6 +45,11 @@ void call_without_gil(void (*kernel)(const Args&), const Args& args) {
     while (true) std::this_thread::sleep_for(std::chrono::hours(1));
   }
   if (error) std::rethrow_exception(error);
+}
+
+template <class Args>
+void call_without_gil(void (*kernel)(const Args&), const Args& args) {
+  call_without_gil([&] { kernel(args); });
 }
 
 constexpr bool optional = true;

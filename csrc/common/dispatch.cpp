@@ -6,11 +6,15 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "predictor/products.h"
+
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace fastlvm {
@@ -58,10 +62,24 @@ Level processor_level() {
 
 bool runs_avx2() { return processor_level() >= Level::avx2; }
 bool runs_avx512() { return processor_level() >= Level::avx512; }
+bool has_vnni() { return runs_avx512() && (cpuid(7, 0)[2] >> 11 & 1) != 0; }
+bool has_bf16() { return runs_avx512() && cpuid(7, 0)[0] >= 1 && (cpuid(7, 1)[0] >> 5 & 1) != 0; }
 #else
 bool runs_avx2() { return false; }
 bool runs_avx512() { return false; }
+bool has_vnni() { return false; }
+bool has_bf16() { return false; }
 #endif
+
+bool has_dotprod() {
+#if defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return true;  // since the first M1
+#else
+  return false;
+#endif
+}
 
 bool runs_always() { return true; }
 
@@ -77,6 +95,46 @@ std::array<Isa, 4> all_isas() {
            {avx2_kernels(), runs_avx2},
            {avx512_kernels(), runs_avx512}}};
 }
+
+// Products that take the place of those of an instruction set.
+struct Extension {
+  const Kernels* base;
+  Precision precision;
+  const Product* product;
+  bool (*runs)();
+};
+
+std::array<Extension, 3> all_extensions() {
+  return {{{avx512_kernels(), Precision::int8, avx512_vnni_int8(), has_vnni},
+           {avx512_kernels(), Precision::bf16, avx512_bf16_product(), has_bf16},
+           {neon_kernels(), Precision::int8, neon_dotprod_int8(), has_dotprod}}};
+}
+
+// The products of every instruction set, with its extensions.
+struct Extended {
+  const Kernels* base;
+  Products products;
+};
+
+const Extended& extended(const Kernels& base) {
+  static const auto all = [] {
+    std::array<Extended, 4> found{};
+    const auto isas = all_isas();
+    for (size_t i = 0; i < isas.size(); ++i) {
+      if (!isas[i].kernels) continue;
+      found[i] = {isas[i].kernels, isas[i].kernels->products};
+      for (const Extension& extension : all_extensions())
+        if (extension.base == found[i].base && extension.product && extension.runs())
+          found[i].products.of[static_cast<int>(extension.precision)] = extension.product;
+    }
+    return found;
+  }();
+  for (const Extended& one : all)
+    if (one.base == &base) return one;
+  throw std::logic_error("no such instruction set");
+}
+
+std::atomic<bool> extensions_wanted{true};
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
@@ -128,5 +186,12 @@ const Kernels& active_kernels() {
   if (!kernels) throw std::invalid_argument(environment_error);
   return *kernels;
 }
+
+Products active_products() {
+  const Kernels& kernels = active_kernels();
+  return extensions_wanted.load() ? extended(kernels).products : kernels.products;
+}
+
+void set_extensions(bool wanted) { extensions_wanted.store(wanted); }
 
 }  // namespace fastlvm

@@ -15,4 +15,9 @@ void read_isa_environment();                // a bad value is reported by the ne
 void set_isa(const std::string& name);      // throws std::invalid_argument
 const Kernels& active_kernels();            // throws std::invalid_argument
 
+// The products of the active instruction set, those of its extensions (VNNI, BF16, dot product) where the processor has
+// them and set_extensions(false) has not put them aside.
+Products active_products();
+void set_extensions(bool wanted);
+
 }  // namespace fastlvm

@@ -68,6 +68,7 @@ void run_serially(int64_t count, Task task, void* context) {
 
 struct Worker {
   std::thread thread;
+  int seat = 0;
   bool asleep = false;
   Placement placement;
 };
@@ -75,21 +76,22 @@ struct Worker {
 class Team {
  public:
   // False when another job is running: nothing was done.
-  bool try_run(int threads, int64_t count, Task task, void* context) {
+  bool try_run(int size, int threads, int64_t count, Task task, void* context) {
     std::unique_lock leader(leader_, std::try_to_lock);
     if (!leader.owns_lock() || closed_) return false;
-    resize(threads - 1);
+    resize(size - 1);
     InsideJob guard;
     task_.store(task, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
+    seats_.store(threads - 1, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
     error_ = nullptr;
     const uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
     ticket_.store(generation << 32 | static_cast<uint64_t>(count));
     wake();
-    work();
+    work(-1);
     wait_until_done(count);
     if (failed_.load(std::memory_order_acquire)) {
       std::exception_ptr error = std::move(error_);
@@ -108,9 +110,9 @@ class Team {
  private:
   // The ticket holds the job's generation (high half) and how many tasks are unclaimed (low half). A claim that
   // succeeds proves that the job was still open, and so that the fields read before it belong to that job.
-  void work() {
+  void work(int seat) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    while ((ticket & 0xffffffffu) != 0) {
+    while ((ticket & 0xffffffffu) != 0 && seat < seats_.load(std::memory_order_relaxed)) {
       const Task task = task_.load(std::memory_order_relaxed);
       void* const context = context_.load(std::memory_order_relaxed);
       const int64_t count = count_.load(std::memory_order_relaxed);
@@ -183,7 +185,7 @@ class Team {
       }
       if (stop_.load()) return;
       seen = ticket_.load(std::memory_order_acquire) >> 32;
-      work();
+      work(self.seat);
     }
   }
 
@@ -215,6 +217,7 @@ class Team {
       used.add(current_core());
       for (int i = 0; i < workers; ++i) {
         auto worker = std::make_unique<Worker>();
+        worker->seat = i;
         std::lock_guard lock(mutex_);
         worker->thread = std::thread([this, &self = *worker] { loop(self); });
         if (Placement::is_needed()) worker->placement.confine(worker->thread.native_handle(), used);
@@ -235,6 +238,7 @@ class Team {
   std::atomic<Task> task_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<int64_t> count_{0};
+  std::atomic<int> seats_{0};  // workers that may take tasks; the caller, of seat -1, always does
   std::atomic<int64_t> done_{0};
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
@@ -277,6 +281,8 @@ int default_threads() {
 }
 
 std::atomic<int> chosen_threads{0};  // 0: not chosen yet
+std::atomic<int> most_asked_for{0};  // by a ThreadCount
+thread_local int asked_for = 0;      // 0: the chosen number
 
 }  // namespace
 
@@ -295,10 +301,24 @@ void set_num_threads(int count) {
   chosen_threads.store(count);
 }
 
+ThreadCount::ThreadCount(int threads) : before_(asked_for) {
+  if (threads == 0) return;
+  asked_for = threads < max_threads ? threads : max_threads;
+  int most = most_asked_for.load();
+  while (most < asked_for && !most_asked_for.compare_exchange_weak(most, asked_for)) {
+  }
+}
+
+ThreadCount::~ThreadCount() { asked_for = before_; }
+
+int threads_of_job() { return asked_for > 0 ? asked_for : get_num_threads(); }
+
 void run_tasks(int64_t count, Task task, void* context) {
-  const int threads = get_num_threads();
+  const int chosen = get_num_threads(), threads = threads_of_job(), most = most_asked_for.load();
   const bool fits = count <= INT32_MAX;
-  if (count > 1 && threads > 1 && fits && !inside_job && team().try_run(threads, count, task, context)) return;
+  if (count > 1 && threads > 1 && fits && !inside_job &&
+      team().try_run(most > chosen ? most : chosen, threads, count, task, context))
+    return;
   run_serially(count, task, context);
 }
 

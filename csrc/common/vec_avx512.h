@@ -104,6 +104,18 @@ struct Vec {
     return {_mm512_scalef_ps(table, _mm512_sub_ps(t.v, f.v))};  // times 2 to the integer below t - f
   }
 
+  // 2^t for t <= 127: by the 32nd part below t, so that the integer below t is the one below that part, too. The
+  // polynomial is minimax over what is left.
+  static Vec exp2(Vec t) {
+    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const __m512 f = _mm512_reduce_ps(t.v, 5 << 4 | down);  // 0 for an infinite t
+    const __m512i place = _mm512_castps_si512(_mm512_add_round_ps(t.v, _mm512_set1_ps(12582912.0f / 32), down));
+    const __m512 table = _mm512_permutex2var_ps(_mm512_load_ps(exp2_table32), place, _mm512_load_ps(exp2_table32 + 16));
+    const __m512 head = _mm512_scalef_ps(table, t.v);
+    const __m512 q = _mm512_fmadd_ps(f, _mm512_set1_ps(0.24265269229f), _mm512_set1_ps(0.69312373161f));
+    return {_mm512_fmadd_ps(_mm512_mul_ps(head, f), q, head)};
+  }
+
   struct Wide {
     __m512d low, high;
     static Wide load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }

@@ -83,6 +83,7 @@ FASTLVM_INLINE Exp2Parts<V> exp2_parts(V t) {
 
 template <class V>
 FASTLVM_INLINE V exp2(V t) {
+  if constexpr (requires { V::exp2(t); }) return V::exp2(t);
   const auto [head, p] = exp2_parts(t);
   return V::fma(head, p, head);
 }

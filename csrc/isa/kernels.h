@@ -10,10 +10,12 @@
 #include "ops/ssm_scan.h"
 #include "ops/ssm_scan_bwd.h"
 #include "ops/ssm_step.h"
-#include "predictor/linear.h"
+#include "predictor/forward.h"
 
 #define FASTLVM_TEXT_OF(x) #x
 #define FASTLVM_TEXT(x) FASTLVM_TEXT_OF(x)
+
+#include "predictor/dot.h"
 
 namespace fastlvm::FASTLVM_ISA {
 
@@ -51,8 +53,17 @@ inline void ssd_step(const SsdStep& args) {
   args.float64 ? ssd_one::forward<Double>(args) : ssd_one::forward<Vec>(args);
 }
 
-inline constexpr Kernels kernels = {
-    FASTLVM_TEXT(FASTLVM_ISA), ssm_scan,        ssm_scan_bwd, ssd_scan,           ssd_scan_bwd, causal_conv1d,
-    causal_conv1d_bwd,         linear::forward, ssm_step,     causal_conv1d_step, ssd_step};
+inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA),
+                                    ssm_scan,
+                                    ssm_scan_bwd,
+                                    ssd_scan,
+                                    ssd_scan_bwd,
+                                    causal_conv1d,
+                                    causal_conv1d_bwd,
+                                    ssm_step,
+                                    causal_conv1d_step,
+                                    ssd_step,
+                                    predict::forward,
+                                    {{&product::fp32, &product::bf16, &product::int8}}};
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/tensor.h"
+#include "predictor/network.h"
 
 namespace fastlvm {
 
@@ -117,14 +118,6 @@ struct SsdStep {
   TensorView D;           // [h] or [h, p]
 };
 
-// y = x Wᵀ; everything contiguous.
-struct Linear {
-  int64_t rows, inputs, outputs;
-  const float* x;       // [rows, inputs]
-  const float* weight;  // [outputs, inputs]
-  float* y;             // [rows, outputs]
-};
-
 struct Kernels {
   const char* name;
   void (*ssm_scan)(const SsmScan&);
@@ -133,10 +126,11 @@ struct Kernels {
   void (*ssd_scan_bwd)(const SsdScanBwd&);
   void (*causal_conv1d)(const CausalConv1d&);
   void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
-  void (*linear)(const Linear&);
   void (*ssm_step)(const SsmStep&);
   void (*causal_conv1d_step)(const CausalConv1dStep&);
   void (*ssd_step)(const SsdStep&);
+  void (*predict)(const Prediction&);
+  Products products;  // of this instruction set alone
 };
 
 // One per object in isa/; null where the target architecture or the compiler lacks the instructions.

@@ -13,9 +13,9 @@
 namespace fastlvm::FASTLVM_ISA::ssm {
 
 // `Count` states h of the states from n on, through steps [begin, end). Output: their share of C·h is added to y.
-template <class V, int Count, bool Grows, bool Output, class B, class C>
-FASTLVM_INLINE void walk_steps(const Rows<V>& rows, V (&h)[Count], const V (&a)[Count], B b, C c, int64_t n,
-                               int64_t begin, int64_t end) {
+template <class V, int Count, bool Grows, bool Output, class R, class B, class C>
+FASTLVM_INLINE void walk_steps(const R& rows, V (&h)[Count], const V (&a)[Count], B b, C c, int64_t n, int64_t begin,
+                               int64_t end) {
   using T = typename V::scalar;
   constexpr int W = V::width;
   const T *const deltas = rows.delta(), *const inputs = rows.input();
@@ -32,30 +32,31 @@ FASTLVM_INLINE void walk_steps(const Rows<V>& rows, V (&h)[Count], const V (&a)[
   }
 }
 
-// `Count` states from n on through `length` steps; y [length, V::width] is added to from step `wanted` on.
-template <class V, int Count, bool Grows, class B, class C>
-inline void walk(const Rows<V>& rows, const typename V::scalar* A, typename V::scalar* h, B b, C c, int64_t n,
+// `Count` states from n on through `length` steps; y [length, V::width] is added to from step `wanted` on. Here and
+// below A and h hold a vector of channels every `pitch` elements.
+template <class V, int Count, bool Grows, class R, class B, class C>
+inline void walk(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, B b, C c, int64_t n,
                  int64_t length, int64_t wanted) {
   V state[Count], a[Count];
-  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * V::width), a[j] = V::load(A + (n + j) * V::width);
+  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * pitch), a[j] = V::load(A + (n + j) * pitch);
   walk_steps<V, Count, Grows, false>(rows, state, a, b, c, n, 0, wanted);
   walk_steps<V, Count, Grows, true>(rows, state, a, b, c, n, wanted, length);
-  for (int j = 0; j < Count; ++j) state[j].store(h + (n + j) * V::width);
+  for (int j = 0; j < Count; ++j) state[j].store(h + (n + j) * pitch);
 }
 
-template <class V, bool Grows, class B, class C>
-inline void walk_all(const Rows<V>& rows, const typename V::scalar* A, typename V::scalar* h, B b, C c, int64_t states,
-                     int64_t length, int64_t wanted) {
+template <class V, bool Grows, class R, class B, class C>
+inline void walk_all(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, B b, C c,
+                     int64_t states, int64_t length, int64_t wanted) {
   constexpr int at_once = V::states_at_once;
   int64_t n = 0;
-  for (; n + at_once <= states; n += at_once) walk<V, at_once, Grows>(rows, A, h, b, c, n, length, wanted);
-  for (; n < states; ++n) walk<V, 1, Grows>(rows, A, h, b, c, n, length, wanted);
+  for (; n + at_once <= states; n += at_once) walk<V, at_once, Grows>(rows, A, h, pitch, b, c, n, length, wanted);
+  for (; n < states; ++n) walk<V, 1, Grows>(rows, A, h, pitch, b, c, n, length, wanted);
 }
 
 // A whole sequence of `Length` steps from a zero state, its rows in registers. Short, so that the plain product with
 // the factor is exact enough.
-template <class V, int Length, bool Only_last>
-inline void walk_short(const Rows<V>& rows, const typename V::scalar* A, typename V::scalar* h, Broadcast<V> b,
+template <class V, int Length, bool Only_last, class R>
+inline void walk_short(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, Broadcast<V> b,
                        Broadcast<V> c, int64_t states) {
   constexpr int W = V::width, from = Only_last ? Length - 1 : 0;
   V delta[Length], input[Length], y[Length];
@@ -64,38 +65,38 @@ inline void walk_short(const Rows<V>& rows, const typename V::scalar* A, typenam
     y[t] = V::zero();
   }
   for (int64_t n = 0; n < states; ++n) {
-    const V a = V::load(A + n * W);
+    const V a = V::load(A + n * pitch);
     V state = input[0] * b.at(n, 0);
     if (from == 0) y[0] = V::fma(state, c.at(n, 0), y[0]);
     for (int t = 1; t < Length; ++t) {
       state = V::fma(exp2(delta[t] * a), state, input[t] * b.at(n, t));
       if (t >= from) y[t] = V::fma(state, c.at(n, t), y[t]);
     }
-    if (h) state.store(h + n * W);
+    if (h) state.store(h + n * pitch);
   }
   for (int t = 0; t < Length; ++t) y[t].store(rows.y() + t * W);
 }
 
-template <class V, bool Only_last>
-inline void walk_short(const Rows<V>& rows, const typename V::scalar* A, typename V::scalar* h, Broadcast<V> b,
+template <class V, bool Only_last, class R>
+inline void walk_short(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, Broadcast<V> b,
                        Broadcast<V> c, int64_t states, int64_t length) {
   switch (length) {
     case 1:
-      return walk_short<V, 1, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 1, Only_last>(rows, A, h, pitch, b, c, states);
     case 2:
-      return walk_short<V, 2, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 2, Only_last>(rows, A, h, pitch, b, c, states);
     case 3:
-      return walk_short<V, 3, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 3, Only_last>(rows, A, h, pitch, b, c, states);
     case 4:
-      return walk_short<V, 4, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 4, Only_last>(rows, A, h, pitch, b, c, states);
     case 5:
-      return walk_short<V, 5, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 5, Only_last>(rows, A, h, pitch, b, c, states);
     case 6:
-      return walk_short<V, 6, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 6, Only_last>(rows, A, h, pitch, b, c, states);
     case 7:
-      return walk_short<V, 7, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 7, Only_last>(rows, A, h, pitch, b, c, states);
     default:
-      return walk_short<V, 8, Only_last>(rows, A, h, b, c, states);
+      return walk_short<V, 8, Only_last>(rows, A, h, pitch, b, c, states);
   }
 }
 
@@ -109,9 +110,9 @@ inline void run_block(const Rows<V>& rows, const States<V>& states, const Projec
   fill_zero(rows.y(), length * V::width);
   const auto go = [&](auto b, auto c_t) {
     if (grows)
-      walk_all<V, true>(rows, states.A(c), states.h(c), b, c_t, count, length, wanted);
+      walk_all<V, true>(rows, states.A(c), states.h(c), V::width, b, c_t, count, length, wanted);
     else
-      walk_all<V, false>(rows, states.A(c), states.h(c), b, c_t, count, length, wanted);
+      walk_all<V, false>(rows, states.A(c), states.h(c), V::width, b, c_t, count, length, wanted);
   };
   if (B.varies() && C.varies()) return go(B.broadcast(), C.broadcast());
   if (B.varies()) return go(B.broadcast(), C.per_lane(c));
@@ -221,10 +222,10 @@ class Forward {
         fill_zero(h, part.states * W);
         run_block(rows, states, B, C, c, part.states, at.length, skipped_, true);
       } else if (only_last) {
-        walk_short<V, true>(rows, states.A(c), keep ? h : nullptr, B.broadcast(), C.broadcast(), part.states,
+        walk_short<V, true>(rows, states.A(c), keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states,
                             at.length);
       } else {
-        walk_short<V, false>(rows, states.A(c), keep ? h : nullptr, B.broadcast(), C.broadcast(), part.states,
+        walk_short<V, false>(rows, states.A(c), keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states,
                              at.length);
       }
       emit(part, rows, chunk, next, c);

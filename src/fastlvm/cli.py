@@ -22,6 +22,7 @@ from fastlvm.console import (
     parse_split,
     print_example,
     print_found,
+    print_latency,
     read_array,
     show,
     training_verdict,
@@ -43,6 +44,8 @@ index_app = typer.Typer(help="Search indexes over a payload.", no_args_is_help=T
 app.add_typer(payload_app, name="payload")
 app.add_typer(windows_app, name="windows")
 app.add_typer(index_app, name="index")
+bench_app = typer.Typer(help="Time what is installed, on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 
 def _print_notices(notices: list[str]) -> None:
@@ -269,14 +272,14 @@ def evaluate(
         workflow.judge(report, gates, [workflow.model_name(model, models) for model in models], say=typer.echo)
 
 
-@command(app, "export", "fastlvm export run --index index --out artifact")
+@command(app, "export", "fastlvm export run --index index --precision int8 --out artifact")
 def export(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[Path, typer.Option(help="artifact folder to write")],
     index: Annotated[Path | None, typer.Option(help="index folder; built from --payload when absent")] = None,
     payload: Annotated[Path | None, typer.Option(help="payload folder")] = None,
     windows: Annotated[Path | None, typer.Option(help="windows .npz, checked against --payload")] = None,
-    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="of the packed matrices: fp32, bf16 or int8")] = "fp32",
 ) -> None:
     """Write what a predictor needs, weights, space and index, and check it against the trained model."""
     import fastlvm
@@ -291,6 +294,27 @@ def export(
         windows=fastlvm.Windows.open(windows) if windows else None,
     )
     typer.echo(f"artifact written to {out}")
+
+
+@command(bench_app, "latency", "fastlvm bench latency artifact --threads 2 --profile")
+def bench_latency(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    context: Annotated[Path | None, typer.Option(help="float .npy of n x 5 x dim; golden windows when absent")] = None,
+    k: Annotated[int, typer.Option("-k", help="chunks to search for")] = 50,
+    threads: Annotated[int | None, typer.Option(help="threads of kernels and search")] = None,
+    repeats: Annotated[int, typer.Option(help="timed calls of each stage")] = 2000,
+    profile: Annotated[bool, typer.Option("--profile", help="what the model spends its time on, by layer")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Time an artifact one context at a time: the model, the search, and both as a user calls them."""
+    from fastlvm import Predictor
+    from fastlvm.evaluation.latency import measure_predictor
+
+    predictor = Predictor.load(artifact, threads=threads)
+    contexts = predictor.golden_context if context is None else read_array(context, "--context")
+    latency = measure_predictor(predictor, contexts, min(k, len(predictor.index)), repeats=repeats, threads=threads)
+    parts = predictor.profile(contexts, repeats=min(repeats, 500)) if profile else None
+    print_latency(latency, parts, predictor.nbytes, as_json=as_json)
 
 
 @command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --json")

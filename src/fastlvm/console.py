@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.progress import TaskID
 
+    from fastlvm.evaluation.latency import Latency
     from fastlvm.training import RunSummary
 
 INTERRUPTED = 130
@@ -201,6 +202,39 @@ def training_verdict(summary: RunSummary) -> str:
     else:
         kept = f"epoch {summary.best_epoch} of {summary.epochs} reached {summary.best_r5:.4f} and was kept"
     return f"{summary.parameters:,} weights, {summary.seconds:.0f} s of training: {start}; {kept}"
+
+
+def print_latency(
+    latency: Latency, profile: list[tuple[str, dict[str, float]]] | None, nbytes: int, *, as_json: bool
+) -> None:
+    """Stages of a prediction in milliseconds and, where there is a profile, its layers in microseconds."""
+    if as_json:
+        content = latency.to_dict() | {"packed_bytes": nbytes}
+        if profile is not None:
+            content["profile"] = [{"layer": name, "microseconds": parts} for name, parts in profile]
+        typer.echo(json.dumps(content))
+        return
+    from rich.table import Table
+
+    threads = "the default threads" if latency.threads is None else f"{latency.threads} threads"
+    stages = Table(title=f"ms for one context; {latency.repeats} calls on {threads}; {latency.machine}")
+    for title in ("stage", "median", "P95", "P99", "mean"):
+        stages.add_column(title, justify="left" if title == "stage" else "right")
+    for name, stage in latency.stages.items():
+        stages.add_row(name, *(f"{value:.3f}" for value in (stage.p50, stage.p95, stage.p99, stage.mean)))
+    show(stages)
+    if profile is None:
+        return
+    phases = list(dict.fromkeys(phase for _, parts in profile for phase in parts))
+    layers = Table(title=f"µs by layer; {nbytes / 1e6:.1f} MB of packed weights", show_footer=True)
+    layers.add_column("layer", footer="all")
+    for phase in phases:
+        layers.add_column(phase, f"{sum(parts.get(phase, 0) for _, parts in profile):.0f}", justify="right")
+    layers.add_column("all", f"{sum(sum(parts.values()) for _, parts in profile):.0f}", justify="right")
+    for name, parts in profile:
+        shown = (f"{parts[phase]:.1f}" if phase in parts else "" for phase in phases)
+        layers.add_row(name, *shown, f"{sum(parts.values()):.1f}")
+    show(layers)
 
 
 def print_found(found: Any, *, single: bool, as_json: bool) -> None:

@@ -165,7 +165,7 @@ def layers_with(copy, number, **values):
     (
         ({"format": "other"}, InputError, "not an artifact"),
         ({"version": 2}, InputError, "version 2, and this fastlvm reads version 1"),
-        ({"precision": "int8"}, InputError, "precision 'int8', and this version runs fp32"),
+        ({"precision": "int4"}, InputError, "precision 'int4', and this version runs fp32, bf16, int8"),
         ({"precision": ["fp32"]}, InputError, "precision"),
         ({"context": 4}, InputError, "layer 6"),
         ({"context": 5.0}, IntegrityError, "lacks"),
@@ -224,4 +224,4 @@ def test_the_reader_writes_nothing(copy):
 
 
 def test_golden_tolerance_is_stated():
-    assert folder_format.TOLERANCE == {"fp32": 1e-5}
+    assert folder_format.TOLERANCE == {"fp32": 1e-5, "bf16": 2e-3, "int8": 4e-3}

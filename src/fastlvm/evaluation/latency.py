@@ -109,6 +109,28 @@ def measure_retrieval(
     return Latency(stages, repeats, warmup, threads, machine())
 
 
+def measure_predictor(
+    predictor: Any, contexts: np.ndarray, k: int, *, warmup: int = 50, repeats: int = 2000, threads: int | None = None
+) -> Latency:
+    """Time a `fastlvm.Predictor` on raw contexts [n, L, dim], one at a time, in turn.
+
+    Stages: model (`predict`), search (the index alone), total (`search`, which is both).
+    """
+    if np.ndim(contexts) != 3 or len(contexts) == 0:
+        raise InputError(f"contexts has shape {list(np.shape(contexts))}, and [n, L, dim] with n ≥ 1 is wanted")
+    predicted = predictor.predict(contexts)
+
+    def context(i: int) -> np.ndarray:
+        return contexts[i % len(contexts)]
+
+    calls = {
+        "model": lambda i: predictor.predict(context(i)),
+        "search": lambda i: predictor.index.search(predicted[i % len(predicted)][None], k),
+        "total": lambda i: predictor.search(context(i), k),
+    }
+    return measure(calls, warmup=warmup, repeats=repeats, threads=threads)
+
+
 def machine() -> str:
     """The processor's name, the cores this process may use and the operating system; never the host's name."""
     try:

@@ -12,8 +12,9 @@ import numpy as np
 
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.predictor import artifact, layers
+from fastlvm.predictor import artifact, blocks, layers
 from fastlvm.predictor.forward import Forward, Plan
+from fastlvm.predictor.pack import PRECISIONS, pack
 from fastlvm.predictor.predictor import Predictor
 from fastlvm.retrieval import Index
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
     from fastlvm.models import ModelConfig
 
-PRECISIONS = ("fp32",)
 GOLDEN_WINDOWS = 8
-AGREEMENT = 1e-5  # of any component of a prediction, which has length 1
+# Least cosine of the artifact's predictions with those of the model, in the mean and for any window.
+AGREEMENT = {"fp32": (0.999999, 0.999999), "bf16": (0.9999, 0.9999), "int8": (0.9995, 0.999)}
 
 
 class _Source(NamedTuple):
@@ -51,7 +52,8 @@ def export(
     Args:
         model_or_run: a folder `train` wrote, whose best weights are taken, or a module of `fastlvm.models`.
         dir: a new folder; written whole or not at all.
-        precision: of the packed weights: "fp32".
+        precision: of the packed matrices: "fp32", "bf16" or "int8". What is not a matrix, and the arithmetic between
+            them, is float32 in any case.
         index: an `Index` or the folder of one, of the payload and the space the model was trained on; None builds one
             from `payload` in the run's space. For a bare module the index's payload and space are taken as its own.
         payload: the payload itself, for building the index, and for taking the golden windows from it.
@@ -60,8 +62,8 @@ def export(
 
     Raises:
         InputError: `dir` holds something, or an argument is missing or of the wrong kind.
-        IntegrityError: index, payload, windows and run do not belong together, or the artifact does not reproduce the
-            model's own predictions.
+        IntegrityError: index, payload, windows and run do not belong together, or the artifact's predictions differ
+            from the model's own by more than `AGREEMENT`.
     """
     from fastlvm.training import predict_with
 
@@ -80,24 +82,20 @@ def export(
     plan = Plan(describe(config), config.context, config.vector_dim)
     model = copy.deepcopy(source.model).cpu().float().eval()
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    packed = pack(plan, weights, precision)
     try:
-        Forward(plan, weights)
-    except InputError as error:
+        forward = Forward(plan, packed, found.space)
+    except ValueError as error:
         raise InputError(f"{source.name} cannot be packed: {error}") from error
     predict = predict_with(model)
     raw, origin = _golden_context(config, payload, windows)
-    golden = artifact.Golden(raw, predict(found.space.apply(raw)))
+    golden = artifact.Golden(raw, forward(raw))
 
     def check(path: Path) -> None:
         loaded = Predictor.load(path)
         other = _random_context(config, GOLDEN_WINDOWS, seed=1)
         for context in (raw, other):
-            worst = float(np.abs(loaded.predict(context) - predict(found.space.apply(context))).max())
-            if not worst <= AGREEMENT:
-                raise IntegrityError(
-                    f"the artifact of {source.name} differs from the model by {worst:.2g}, and at most {AGREEMENT:g} "
-                    "is wanted: nothing was written"
-                )
+            _agree(source, precision, loaded.predict(context), predict(found.space.apply(context)))
 
     entries = {
         "precision": precision,
@@ -107,7 +105,7 @@ def export(
         "golden": {"windows": len(raw), "from": origin},
         "layers": [layers.write_layer(layer) for layer in plan.layers],
     }
-    artifact.write(dir, plan, weights, golden, found, entries, check)
+    artifact.write(dir, plan, packed, golden, found, entries, check)
 
 
 def describe(config: ModelConfig) -> list[dict[str, Any]]:
@@ -125,7 +123,7 @@ def _mamba(config: ModelConfig) -> list[layers.Layer]:
         found.append(layers.Linear("embed", dim, width))
     for i in range(config.n_layers):
         found.append(
-            layers.MambaBlock(
+            blocks.MambaBlock(
                 f"blocks.{i}", width, config.d_inner, config.d_state, config.d_conv, dt_rank=rank, eps=eps
             )
         )
@@ -208,4 +206,14 @@ def _golden_context(config: ModelConfig, payload: Payload | None, windows: Windo
 
 def _random_context(config: ModelConfig, n: int, seed: int) -> np.ndarray:
     draw = np.random.default_rng(seed).standard_normal((n, config.context, config.vector_dim), np.float32)
-    return layers.l2_norm(draw)
+    return draw / np.linalg.norm(draw, axis=-1, keepdims=True)
+
+
+def _agree(source: _Source, precision: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    cosine = (found.astype(np.float64) * wanted).sum(axis=-1)
+    mean, least = AGREEMENT[precision]
+    if not (cosine.mean() >= mean and cosine.min() >= least):
+        raise IntegrityError(
+            f"the {precision} artifact of {source.name} predicts at a cosine of {cosine.mean():.6f} in the mean and "
+            f"{cosine.min():.6f} at least to the model, and {mean:g} and {least:g} are wanted: nothing was written"
+        )

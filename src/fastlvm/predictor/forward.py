@@ -1,4 +1,4 @@
-"""A model as a list of layers over a set of weights: checked once, then run in float32 on numpy arrays."""
+"""A model as a list of layers over a set of weights: checked once, packed by csrc/predictor, run without the GIL."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlvm import _C
+from fastlvm.data import Space
 from fastlvm.errors import InputError
-from fastlvm.predictor.layers import Layer, Shape, read_layer
-
-BATCH = 256  # windows at a time: bounds the memory of a large call
+from fastlvm.predictor.layers import SCALE, Layer, Native, Shape, read_layer
 
 
 class Plan:
@@ -33,47 +33,91 @@ class Plan:
             raise InputError(f"the last layer leaves {list(shape)}, and one vector of {dim} is wanted")
         self.shape = start
 
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name and shape of the weights that may be packed in a lower precision."""
+        return {name: shape for layer in self.layers for name, shape in layer.matrices().items()}
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the weights that are float32 in any case."""
+        return {name: shape for layer in self.layers for name, shape in layer.vectors().items()}
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight of the model."""
-        return {name: shape for layer in self.layers for name, shape in layer.tensors().items()}
+        return {**self.matrices(), **self.vectors()}
 
     def check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises InputError unless `found` holds the model's tensors and no others, in their shapes."""
+        """Raises InputError unless `found` holds the model's tensors and no others, in their shapes.
+
+        Any matrix may have its scale beside it.
+        """
         wanted = self.tensors()
-        for name, shape in wanted.items():
+        scales = {name + SCALE: shape[:1] for name, shape in self.matrices().items()}
+        for name in wanted:
             if name not in found:
                 raise InputError(f"tensor {name} is missing")
-            if tuple(found[name]) != shape:
+        for name, shape in {**wanted, **scales}.items():
+            if name in found and tuple(found[name]) != shape:
                 raise InputError(f"tensor {name} has shape {list(found[name])}, and {list(shape)} is wanted")
-        for name in found.keys() - wanted.keys():
+        for name in found.keys() - wanted.keys() - scales.keys():
             raise InputError(f"tensor {name} belongs to none of the model's layers")
 
 
 class Forward:
-    """Context vectors float32 [n, context, dim] in the space → predictions float32 [n, dim], each from a zero state."""
+    """Context vectors float32 [n, context, dim] → predictions float32 [n, dim], each from a zero state.
 
-    def __init__(self, plan: Plan, weights: Mapping[str, np.ndarray]) -> None:
-        """Raises InputError for a missing, spare, wrongly shaped or not finite tensor, or one that is not float32."""
+    The vectors are those of the space already or, with `space`, raw ones that it takes in first. `names` are the
+    layers' types, the space's included, and `nbytes` is the size of the packed weights.
+    """
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, np.ndarray], space: Space | None = None, threads: int | None = None
+    ) -> None:
+        """weights: as `pack` gives them. threads: of this model; None: as many as all kernels use.
+
+        Raises InputError for a missing, spare, wrongly shaped or not finite tensor, or one of another dtype.
+        """
         plan.check_shapes({name: array.shape for name, array in weights.items()})
+        matrices = plan.matrices()
         for name, array in weights.items():
-            if array.dtype != np.float32:
-                raise InputError(f"tensor {name} is {array.dtype}, and float32 is wanted")
-            if not np.isfinite(array).all():
-                raise InputError(f"tensor {name} holds NaN or an infinite value")
+            _check_tensor(name, array, name in matrices, name + SCALE in weights)
         self.plan = plan
-        self._steps = [layer.step(weights) for layer in plan.layers]
+        self.threads = threads or 0
+        positions, dim = plan.shape
+        layers = into_space(space) if space is not None else []
+        layers += [layer.native(weights) for layer in plan.layers]
+        self.names = [kind for kind, _ in layers]
+        self.model = _C.Model(positions, dim, layers)
+        self.nbytes: int = self.model.nbytes
 
     def __call__(self, context: np.ndarray) -> np.ndarray:
-        n, dim = len(context), self.plan.shape.dim
-        if n <= BATCH:
-            return self._run(context)
-        out = np.empty((n, dim), np.float32)
-        for start in range(0, n, BATCH):
-            out[start : start + BATCH] = self._run(context[start : start + BATCH])
+        out = np.empty((len(context), self.model.out_dim), np.float32)
+        self.model.run(context, out, self.threads)
         return out
 
-    def _run(self, context: np.ndarray) -> np.ndarray:
-        h = context
-        for step in self._steps:
-            h = step(h, context)
-        return h
+    def profile(self, context: np.ndarray, repeats: int) -> np.ndarray:
+        """Mean microseconds float64 [len(names), len(_C.PHASES)] of a call, by layer and what it spends them on."""
+        out = np.empty((len(context), self.model.out_dim), np.float32)
+        nanoseconds = np.zeros((len(self.names), len(_C.PHASES)), np.int64)
+        for _ in range(repeats):
+            self.model.run(context, out, self.threads, nanoseconds)
+        return nanoseconds / (1e3 * repeats)
+
+
+def into_space(space: Space) -> list[Native]:
+    """Layers that do what `space.apply` does, after which the context is what they leave."""
+    layers: list[Native] = []
+    if space.id != Space.identity(space.dim).id:
+        weight = np.ascontiguousarray(space.matrix.T)
+        layers.append(("linear", {"weight": (weight, None, -(weight @ space.mean))}))
+    return [*layers, ("l2_norm", {}), ("context", {})]
+
+
+def _check_tensor(name: str, array: np.ndarray, is_matrix: bool, has_scale: bool) -> None:
+    allowed = {"float32": False, "uint16": False, "int8": True} if is_matrix else {"float32": False}
+    if array.dtype.name not in allowed:
+        raise InputError(f"tensor {name} is {array.dtype}, and {' or '.join(allowed)} is wanted")
+    if is_matrix and allowed[array.dtype.name] != has_scale:
+        raise InputError(f"tensor {name} is {array.dtype} {'with' if has_scale else 'without'} a scale beside it")
+    finite = np.isfinite(array) if array.dtype != np.uint16 else (array & np.uint16(0x7F80)) != np.uint16(0x7F80)
+    if not finite.all():
+        raise InputError(f"tensor {name} holds NaN or an infinite value")

@@ -1,7 +1,8 @@
-"""The layer types an artifact may list: their fields, the tensors they read, the shapes they pass on, their forward.
+"""The layer types an artifact may list: their fields, the tensors they read, the shapes they pass on.
 
 A model is a list of these. The stream `h` starts as the context [n, context, dim], goes through the layers in turn and
-has to end as [n, dim]. A new layer type is one class here and its line in `LAYERS`.
+has to end as [n, dim]; csrc/predictor computes it. A new layer type is one class, its line in `LAYERS`, and its forward
+in csrc/predictor.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlvm import _C
-from fastlvm.data import Space
 from fastlvm.errors import InputError
-from fastlvm.ops import causal_conv1d, ssm_scan
 
 Weights = Mapping[str, np.ndarray]
-Step = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (h, context) -> h; neither input is written to
-TINY = 1e-12
+Native = tuple[str, dict[str, Any]]  # a layer as _C.Model takes it
+SCALE = "_scale"  # after a matrix's name: of int8 weights, what a step of 1 is worth, float32 [outputs]
 
 
 class Shape(NamedTuple):
@@ -34,16 +32,20 @@ class Shape(NamedTuple):
 class Layer:
     """A layer's fields as config.json holds them: whole numbers ≥ 1, positive numbers, flags and tensor prefixes."""
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight this layer reads."""
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight this layer reads as float32."""
+        return {}
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name and shape [outputs, inputs] of every weight that may be packed in a lower precision."""
         return {}
 
     def after(self, shape: Shape, context: Shape) -> Shape:
         """Shape of the stream after this layer; ValueError where the layer cannot take `shape`."""
         return shape
 
-    def step(self, weights: Weights) -> Step:
-        """The layer's forward, its weights prepared once."""
+    def native(self, weights: Weights) -> Native:
+        """The layer with its weights, for _C.Model."""
         raise NotImplementedError
 
 
@@ -56,27 +58,19 @@ class Linear(Layer):
     outputs: int
     bias: bool = True
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        named: dict[str, tuple[int, ...]] = {f"{self.prefix}.weight": (self.outputs, self.inputs)}
-        if self.bias:
-            named[f"{self.prefix}.bias"] = (self.outputs,)
-        return named
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        return {f"{self.prefix}.bias": (self.outputs,)} if self.bias else {}
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        return {f"{self.prefix}.weight": (self.outputs, self.inputs)}
 
     def after(self, shape: Shape, context: Shape) -> Shape:
-        _wants(shape.dim, self.inputs)
+        wants(shape.dim, self.inputs)
         return Shape(shape.positions, self.outputs)
 
-    def step(self, weights: Weights) -> Step:
-        weight = weights[f"{self.prefix}.weight"]
-        bias = weights[f"{self.prefix}.bias"] if self.bias else None
-
-        def run(h: np.ndarray, context: np.ndarray) -> np.ndarray:
-            out = _linear(h, weight)
-            if bias is not None:
-                out += bias
-            return out
-
-        return run
+    def native(self, weights: Weights) -> Native:
+        bias = f"{self.prefix}.bias" if self.bias else None
+        return "linear", {"weight": matrix(weights, f"{self.prefix}.weight", bias)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,82 +81,56 @@ class RmsNorm(Layer):
     dim: int
     eps: float
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def vectors(self) -> dict[str, tuple[int, ...]]:
         return {f"{self.prefix}.weight": (self.dim,)}
 
     def after(self, shape: Shape, context: Shape) -> Shape:
-        _wants(shape.dim, self.dim)
+        wants(shape.dim, self.dim)
         return shape
 
-    def step(self, weights: Weights) -> Step:
-        weight, eps = weights[f"{self.prefix}.weight"], np.float32(self.eps)
-        return lambda h, context: _rms_norm(h, weight, eps)
+    def native(self, weights: Weights) -> Native:
+        return "norm", {"norm": (weights[f"{self.prefix}.weight"], None, self.eps)}
 
 
 @dataclasses.dataclass(frozen=True)
-class MambaBlock(Layer):
-    """h + block(rms_norm(h)), block being Mamba's selective state-space layer from a zero state.
+class LayerNorm(RmsNorm):
+    """(h - mean(h)) / sqrt(var(h) + eps) · weight + bias over the last dimension."""
 
-    norm → in_proj → causal convolution, SiLU → (δ, B, C) → scan, D skip, SiLU gate → out_proj.
-    """
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        return {**super().vectors(), f"{self.prefix}.bias": (self.dim,)}
+
+    def native(self, weights: Weights) -> Native:
+        return "norm", {"norm": (weights[f"{self.prefix}.weight"], weights[f"{self.prefix}.bias"], self.eps)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu(Layer):
+    """h Φ(h), Φ being the standard normal distribution."""
+
+    def native(self, weights: Weights) -> Native:
+        return "gelu", {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions(Layer):
+    """h + weightₜ at position t, oldest first."""
 
     prefix: str
+    context: int
     dim: int
-    d_inner: int
-    d_state: int
-    d_conv: int
-    dt_rank: int
-    eps: float
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        inner = self.d_inner
-        named: dict[str, tuple[int, ...]] = {
-            "norm.weight": (self.dim,),
-            "in_proj.weight": (2 * inner, self.dim),
-            "conv.weight": (inner, self.d_conv),
-            "conv.bias": (inner,),
-            "x_proj.weight": (self.dt_rank + 2 * self.d_state, inner),
-            "dt_proj.weight": (inner, self.dt_rank),
-            "dt_proj.bias": (inner,),
-            "A_log": (inner, self.d_state),
-            "D": (inner,),
-            "out_proj.weight": (self.dim, inner),
-        }
-        return {f"{self.prefix}.{name}": shape for name, shape in named.items()}
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        return {f"{self.prefix}.weight": (self.context, self.dim)}
 
     def after(self, shape: Shape, context: Shape) -> Shape:
-        _wants(shape.dim, self.dim)
-        if shape.positions is None:
-            raise ValueError("takes a sequence, and one vector arrives")
+        wants(shape.dim, self.dim)
+        takes_sequence(shape)
+        if self.context != shape.positions:
+            raise ValueError(f"has {self.context} positions, and {shape.positions} arrive")
         return shape
 
-    def step(self, weights: Weights) -> Step:
-        inner, rank, state, eps = self.d_inner, self.dt_rank, self.d_state, np.float32(self.eps)
-        w = {name[len(self.prefix) + 1 :]: weights[name] for name in self.tensors()}
-        with np.errstate(over="ignore"):  # a damaged weight is for the golden windows to find
-            A = -np.exp(w["A_log"])
-
-        def run(h: np.ndarray, context: np.ndarray) -> np.ndarray:
-            xz = _linear(_rms_norm(h, w["norm.weight"], eps), w["in_proj.weight"])  # [n, L, 2·d_inner]
-            x = _swap(xz[..., :inner])  # [n, d_inner, L], a view, as all below
-            x = causal_conv1d(x, w["conv.weight"], w["conv.bias"], activation="silu", backend="cpu")
-            projected = _linear(_swap(x), w["x_proj.weight"])  # [n, L, dt_rank | d_state | d_state]
-            delta = _linear(projected[..., :rank], w["dt_proj.weight"])  # its bias enters inside the scan
-            y = ssm_scan(
-                x,
-                _swap(delta),
-                A,
-                _swap(projected[..., rank : rank + state]),
-                _swap(projected[..., rank + state :]),
-                w["D"],
-                _swap(xz[..., inner:]),
-                w["dt_proj.bias"],
-                delta_softplus=True,
-                backend="cpu",
-            )
-            return h + _linear(_swap(y), w["out_proj.weight"])
-
-        return run
+    def native(self, weights: Weights) -> Native:
+        return "positions", {"context": self.context, "dim": self.dim, "table": weights[f"{self.prefix}.weight"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +138,11 @@ class Last(Layer):
     """The newest position: [n, positions, dim] → [n, dim]."""
 
     def after(self, shape: Shape, context: Shape) -> Shape:
-        if shape.positions is None:
-            raise ValueError("takes a sequence, and one vector arrives")
+        takes_sequence(shape)
         return Shape(None, shape.dim)
 
-    def step(self, weights: Weights) -> Step:
-        return lambda h, context: h[:, -1]
+    def native(self, weights: Weights) -> Native:
+        return "last", {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +152,7 @@ class RecencyMixture(Layer):
     prefix: str
     context: int
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def vectors(self) -> dict[str, tuple[int, ...]]:
         return {f"{self.prefix}.logits": (self.context,)}
 
     def after(self, shape: Shape, context: Shape) -> Shape:
@@ -193,33 +160,51 @@ class RecencyMixture(Layer):
             raise ValueError(f"adds {self.context} vectors of {context.dim} to one such vector: the shapes differ")
         return shape
 
-    def step(self, weights: Weights) -> Step:
-        logits = weights[f"{self.prefix}.logits"]
-        mix = np.exp(logits - logits.max())
-        mix /= mix.sum()
-        return lambda h, context: h + mix @ context
+    def native(self, weights: Weights) -> Native:
+        return "recency_mixture", {"logits": weights[f"{self.prefix}.logits"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class L2Norm(Layer):
     """h / |h| over the last dimension."""
 
-    def step(self, weights: Weights) -> Step:
-        return lambda h, context: l2_norm(h)
+    def native(self, weights: Weights) -> Native:
+        return "l2_norm", {}
 
 
-LAYERS: dict[str, type[Layer]] = {
-    "linear": Linear,
-    "rms_norm": RmsNorm,
-    "mamba_block": MambaBlock,
-    "last": Last,
-    "recency_mixture": RecencyMixture,
-    "l2_norm": L2Norm,
-}
+@dataclasses.dataclass(frozen=True)
+class Residual(Layer):
+    """h + layers(h)."""
+
+    layers: tuple[Layer, ...]
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for layer in self.layers for name, shape in layer.vectors().items()}
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        return {name: shape for layer in self.layers for name, shape in layer.matrices().items()}
+
+    def after(self, shape: Shape, context: Shape) -> Shape:
+        inner = shape
+        for layer in self.layers:
+            inner = layer.after(inner, context)
+        if inner != shape:
+            raise ValueError(f"adds {list(inner)} to {list(shape)}")
+        return shape
+
+    def native(self, weights: Weights) -> Native:
+        return "residual", {"layers": [layer.native(weights) for layer in self.layers]}
 
 
-def read_layer(entry: Any, where: str) -> Layer:
+def matrix(weights: Weights, name: str, bias: str | None = None) -> tuple[Any, Any, Any]:
+    """(weight, scale or None, bias or None), as _C.Model takes a matrix."""
+    return weights[name], weights.get(name + SCALE), None if bias is None else weights[bias]
+
+
+def read_layer(entry: Any, where: str, depth: int = 0) -> Layer:
     """The layer of one entry of the list; InputError naming `where` for an unknown type or a wrong field."""
+    from fastlvm.predictor.blocks import LAYERS
+
     kind = entry.get("type") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in LAYERS:
         raise InputError(f"{where} has type {kind!r}, and this version knows {', '.join(LAYERS)}: update fastlvm")
@@ -234,54 +219,43 @@ def read_layer(entry: Any, where: str) -> Layer:
         wanted, holds = _FIELD[str(field.type)]
         if not holds(values.get(name)):
             raise InputError(f"{where} ({kind}) has {name} = {values.get(name)!r}, and {wanted} is wanted")
+    if cls is Residual:
+        if depth:
+            raise InputError(f"{where} is a residual branch within one: write them one after the other")
+        inner = (read_layer(part, f"{where}.{i}", depth + 1) for i, part in enumerate(values["layers"]))
+        return Residual(tuple(inner))
     return cls(**values)
 
 
 def write_layer(layer: Layer) -> dict[str, Any]:
     """The list entry that `read_layer` turns into `layer` again."""
+    from fastlvm.predictor.blocks import LAYERS
+
     kind = next(name for name, cls in LAYERS.items() if cls is type(layer))
+    if isinstance(layer, Residual):
+        return {"type": kind, "layers": [write_layer(part) for part in layer.layers]}
     return {"type": kind, **dataclasses.asdict(layer)}
 
 
-def l2_norm(v: np.ndarray) -> np.ndarray:
-    """v / |v| over the last dimension, as torch's normalize does it."""
-    return v / np.maximum(np.sqrt(np.einsum("...d,...d->...", v, v))[..., None], np.float32(TINY))
-
+MOST = 1 << 20  # of a whole number
 
 _FIELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number of at least 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+    "int": (
+        f"a whole number from 1 to {MOST}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MOST,
+    ),
     "float": ("a number above 0", lambda v: isinstance(v, float) and 0 < v < math.inf),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a name", lambda v: isinstance(v, str) and v != ""),
+    "tuple[Layer, ...]": ("a list of at least one layer", lambda v: isinstance(v, list) and len(v) > 0),
 }
 
 
-def _wants(got: int, wanted: int) -> None:
+def wants(got: int, wanted: int) -> None:
     if got != wanted:
         raise ValueError(f"takes {wanted} features, and {got} arrive")
 
 
-def _swap(x: np.ndarray) -> np.ndarray:
-    """[n, L, D] ↔ [n, D, L], a view."""
-    return x.transpose(0, 2, 1)
-
-
-def _linear(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """[..., inputs] → [..., outputs]. Not numpy's product: its BLAS keeps threads spinning where the kernels' run."""
-    rows = np.ascontiguousarray(h.reshape(-1, h.shape[-1]), dtype=np.float32)
-    out = np.empty((len(rows), len(weight)), np.float32)
-    _C.linear(rows, weight, out)
-    return out.reshape(*h.shape[:-1], len(weight))
-
-
-def into_space(space: Space) -> Callable[[np.ndarray], np.ndarray]:
-    """`space.apply` for float32 [..., dim], without numpy's matrix product."""
-    if space.id == Space.identity(space.dim).id:
-        return space.apply
-    weight = np.ascontiguousarray(space.matrix.T)
-    return lambda v: l2_norm(_linear(v - space.mean, weight))
-
-
-def _rms_norm(h: np.ndarray, weight: np.ndarray, eps: np.float32) -> np.ndarray:
-    mean = np.einsum("...d,...d->...", h, h)[..., None] / np.float32(h.shape[-1])
-    return h / np.sqrt(mean + eps) * weight
+def takes_sequence(shape: Shape) -> None:
+    if shape.positions is None:
+        raise ValueError("takes a sequence, and one vector arrives")

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastlvm import _C
 from fastlvm.errors import InputError
 from fastlvm.predictor import artifact
-from fastlvm.predictor.layers import into_space
+from fastlvm.predictor.forward import into_space
+from fastlvm.predictor.stream import Stream
 from fastlvm.retrieval import Index
 from fastlvm.retrieval.index import MOST_THREADS
 
@@ -40,14 +42,14 @@ class Predictor:
     def __init__(self, parts: artifact.Artifact) -> None:
         self._parts = parts
         self._forward = parts.forward
-        self._into_space = into_space(parts.index.space)
+        self._into_space = _C.Model(1, parts.index.dim, [*into_space(parts.index.space), ("last", {})])
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> Predictor:
         """Read an artifact that `fastlvm.export` wrote, and have it reproduce its golden predictions.
 
-        threads, if given, sets the thread counts of fastlvm's kernels and of FAISS for the whole process; matrix
-        products follow numpy's BLAS, which reads its own environment variables. Raises InputError where there is no
+        threads: of this predictor's model; None: as many as fastlvm's kernels use (`fastlvm.set_num_threads`). FAISS
+        knows one number for the whole process, and a given one sets it. Raises InputError where there is no
         artifact or one this version cannot run, IntegrityError where it is damaged.
         """
         whole = isinstance(threads, int) and not isinstance(threads, bool)
@@ -55,10 +57,6 @@ class Predictor:
             raise InputError(f"threads is {threads!r}, and a whole number from 1 to {MOST_THREADS} is wanted")
         predictor = cls(artifact.read(folder, threads))
         artifact.check_golden(predictor._parts, predictor.predict)
-        if threads is not None:
-            from fastlvm.ops import set_num_threads
-
-            set_num_threads(threads)
         return predictor
 
     def predict(self, context: np.ndarray) -> np.ndarray:
@@ -69,7 +67,7 @@ class Predictor:
         vectors, naming the window and position.
         """
         raw, single = self._checked(context)
-        predicted = self._forward(self._into_space(raw))
+        predicted = self._forward(raw)
         return predicted[0] if single else predicted
 
     def search(self, context: np.ndarray, k: int = 50, exclude: np.ndarray | str | None = None) -> Found:
@@ -80,53 +78,81 @@ class Predictor:
         duplicate group. Raises InputError for a wrong context, k or exclude.
         """
         raw, single = self._checked(context)
-        moved = self._into_space(raw)
         if isinstance(exclude, str):
             if exclude != "context":
                 raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
-            exclude = self._own_rows(moved)
-        result = self.index.search(self._forward(moved), k, exclude=exclude)
+            exclude = self._own_rows(raw)
+        result = self.index.search(self._forward(raw), k, exclude=exclude)
         return Found(*(part[0] for part in result)) if single else Found(*result)
 
-    def _own_rows(self, moved: np.ndarray) -> np.ndarray:
-        """The payload rows that the context vectors [n, context, dim], in the space, are: [n, m], -1 = none."""
-        n = len(moved)
-        ids, scores, _ = self.index.search(moved.reshape(-1, self.dim), CANDIDATES)
+    def stream(self, state: str | os.PathLike[str] | None = None) -> Stream:
+        """A `Stream`: one vector at a time, its state kept. It starts at zero or from a file that `Stream.save` wrote.
+
+        Raises InputError for a model that cannot, such as one that attends to the mean of its context.
+        """
+
+        def checked(vector: Any) -> np.ndarray:
+            return self._vectors(vector, (1,), f"[{self.dim}]", "vector")[0].reshape(self.dim)
+
+        stream = Stream(self._forward, self.config["sha256"][artifact.MODEL], checked)
+        if state is not None:
+            stream.restore(state)
+        return stream
+
+    def profile(self, context: np.ndarray, repeats: int = 200) -> list[tuple[str, dict[str, float]]]:
+        """Where `predict` of a single context spends its time: for every layer its type and µs by phase.
+
+        context: as `predict` takes it; of several the first is taken.
+        """
+        raw, _ = self._checked(context)
+        found = self._forward.profile(raw[:1], repeats)
+        return [
+            (name, {phase: float(time) for phase, time in zip(_C.PHASES, row, strict=True) if time > 0})
+            for name, row in zip(self._forward.names, found, strict=True)
+        ]
+
+    def _own_rows(self, raw: np.ndarray) -> np.ndarray:
+        """The payload rows that the context vectors [n, context, dim] are: [n, m], -1 = none."""
+        n = len(raw)
+        moved = np.empty((n * self.context, self.dim), np.float32)
+        self._into_space.run(raw.reshape(-1, 1, self.dim), moved)
+        ids, scores, _ = self.index.search(moved, CANDIDATES)
         same = (scores >= MATCH) & (scores >= scores[:, :1] - TIE)
         return np.where(same, ids, -1).reshape(n, self.context * CANDIDATES)
 
     def _checked(self, context: Any) -> tuple[np.ndarray, bool]:
         """float32 [n, context, dim] of unit vectors, and whether a single context was given."""
         wanted = f"[n, {self.context}, {self.dim}] or [{self.context}, {self.dim}]"
+        vectors, ndim = self._vectors(context, (2, 3), wanted, "context")
+        return vectors.reshape(-1, self.context, self.dim), ndim == 2
+
+    def _vectors(self, given: Any, ndims: tuple[int, ...], wanted: str, name: str) -> tuple[np.ndarray, int]:
+        """float32 [..., dim] of unit vectors as `given` holds them, and how many axes it has."""
         try:
-            raw = np.asarray(context)
+            raw = np.asarray(given)
         except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(context).__name__
-            raise InputError(f"context is a {kind} that is no array ({error}), and {wanted} is wanted") from error
+            kind = type(given).__name__
+            raise InputError(f"{name} is a {kind} that is no array ({error}), and {wanted} is wanted") from error
         if not np.issubdtype(raw.dtype, np.floating):
-            raise InputError(f"context is {raw.dtype}, and a float array {wanted} is wanted")
-        if raw.ndim not in (2, 3) or raw.shape[-2:] != (self.context, self.dim):
-            raise InputError(f"context has shape {list(raw.shape)}, and {wanted} is wanted")
+            raise InputError(f"{name} is {raw.dtype}, and a float array {wanted} is wanted")
+        tail = (self.context, self.dim) if max(ndims) > 1 else (self.dim,)
+        if raw.ndim not in ndims or raw.shape[-len(tail) :] != tail:
+            raise InputError(f"{name} has shape {list(raw.shape)}, and {wanted} is wanted")
         with np.errstate(over="ignore"):
-            vectors = np.ascontiguousarray(raw, dtype=np.float32).reshape(-1, self.context, self.dim)
-        if not np.isfinite(vectors).all():
-            at = self._first(~np.isfinite(vectors).all(axis=-1), raw.ndim)
-            raise InputError(f"context{at} holds a value that is not finite in float32: mend that vector")
-        lengths = np.sqrt(np.einsum("nld,nld->nl", vectors, vectors, dtype=np.float64))
-        if not lengths.all():
-            at = self._first(np.equal(lengths, 0), raw.ndim)
-            raise InputError(f"context{at} is all zeros, and an encoder's vector is wanted: leave that window out")
+            vectors = np.ascontiguousarray(raw, dtype=np.float32)
+        squares = np.einsum("...d,...d->...", vectors, vectors, dtype=np.float64)
+        if not np.isfinite(squares).all():
+            at = _first(~np.isfinite(vectors).all(axis=-1))
+            raise InputError(f"{name}{at} holds a value that is not finite in float32: mend that vector")
+        if not squares.all():
+            at = _first(np.equal(squares, 0))
+            raise InputError(f"{name}{at} is all zeros, and an encoder's vector is wanted: leave that window out")
+        lengths = np.sqrt(squares)
         off = np.abs(lengths - 1) > UNIT
         if off.any():
             scaled = (vectors / lengths[..., None]).astype(np.float32)
             vectors = np.where(off[..., None], scaled, vectors)
-        return vectors, raw.ndim == 2
-
-    @staticmethod
-    def _first(bad: Any, ndim: int) -> str:
-        """Where the first true entry of [n, context] is, as an index into what the caller gave."""
-        window, position = np.argwhere(bad)[0]
-        return f"[{position}]" if ndim == 2 else f"[{window}, {position}]"
+        return vectors, raw.ndim
 
     def __repr__(self) -> str:
         return f"Predictor({self.path}, {self.context} × {self.dim}, {self.config['precision']}, {self.index!r})"
@@ -140,6 +166,16 @@ class Predictor:
     def config(self) -> dict[str, Any]:
         """The artifact's config.json."""
         return self._parts.config
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed weights."""
+        return self._forward.nbytes
+
+    @property
+    def golden_context(self) -> np.ndarray:
+        """The raw contexts float32 [g, context, dim] whose predictions were checked on loading."""
+        return self._parts.golden.context
 
     @property
     def index(self) -> Index:
@@ -159,3 +195,9 @@ class Predictor:
     @property
     def payload_id(self) -> str:
         return self.index.payload_id
+
+
+def _first(bad: Any) -> str:
+    """Where the first true entry is, as an index into what the caller gave."""
+    place = np.argwhere(bad)[0]
+    return f"[{', '.join(map(str, place))}]" if place.size else ""
