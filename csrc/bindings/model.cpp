@@ -14,20 +14,33 @@ namespace {
 
 [[noreturn]] void fail(const std::string& text) { throw std::invalid_argument(text); }
 
+// What a Python object holds; std::invalid_argument, naming it, for an object of another kind.
+template <class T>
+T as(const char* name, py::handle object, const char* wanted) {
+  try {
+    return py::cast<T>(object);
+  } catch (const py::cast_error&) {
+  } catch (const py::error_already_set&) {
+  } catch (const py::type_error&) {
+  }
+  fail(std::string(name) + ": got " + Py_TYPE(object.ptr())->tp_name + ", wants " + wanted);
+}
+
 // The fields of one layer. What it gives out points into arrays that the layer's dict keeps alive.
 class Fields {
  public:
   Fields(py::handle fields, std::deque<py::buffer_info>& arrays) : fields_(fields), arrays_(arrays) {}
 
   int64_t number(const char* name) const {
-    const auto value = py::cast<int64_t>(get(name));
+    const auto value = as<int64_t>(name, get(name), "a whole number");
     if (value < 1 || value > most) fail(std::string(name) + ": got " + std::to_string(value) + ", wants 1 to 2^24");
     return value;
   }
-  float real(const char* name) const { return py::cast<float>(get(name)); }
+  py::list layers() const { return as<py::list>("layers", get("layers"), "a list"); }
+  float real(const char* name) const { return as<float>(name, get(name), "a number"); }
 
   MatrixSource matrix(const char* name) const {
-    const auto parts = py::cast<py::tuple>(get(name));
+    const auto parts = as<py::tuple>(name, get(name), "(weight, scale, bias)");
     if (parts.size() != 3) fail(std::string(name) + ": wants weight, scale and bias");
     const py::buffer_info& weight = array(name, parts[0]);
     MatrixSource m{Precision::fp32, 0, 0, weight.ptr, nullptr, nullptr};
@@ -58,12 +71,13 @@ class Fields {
   }
 
   NormSource norm(const char* name) const {
-    const auto parts = py::cast<py::tuple>(get(name));  // (weight, bias or None, eps)
+    const auto parts = as<py::tuple>(name, get(name), "(weight, bias, eps)");
     if (parts.size() != 3) fail(std::string(name) + ": wants weight, bias and eps");
     const py::buffer_info& weight = array(name, parts[0]);
     if (weight.ndim != 1) fail(std::string(name) + ": wants a vector");
-    NormSource norm{
-        {size(name, weight.shape[0]), floats(name, parts[0], {weight.shape[0]})}, nullptr, py::cast<float>(parts[2])};
+    NormSource norm{{size(name, weight.shape[0]), floats(name, parts[0], {weight.shape[0]})},
+                    nullptr,
+                    as<float>(name, parts[2], "a number as eps")};
     if (!parts[1].is_none()) norm.bias = floats(name, parts[1], {norm.weight.size});
     return norm;
   }
@@ -84,7 +98,7 @@ class Fields {
   }
 
   const py::buffer_info& array(const char* name, py::handle object) const {
-    arrays_.push_back(py::cast<py::buffer>(object).request());
+    arrays_.push_back(as<py::buffer>(name, object, "an array").request());
     const py::buffer_info& found = arrays_.back();
     py::ssize_t stride = found.itemsize;
     for (py::ssize_t axis = found.ndim; axis-- > 0; stride *= found.shape[static_cast<size_t>(axis)])
@@ -167,7 +181,7 @@ void add_layer(Builder& builder, const std::string& kind, py::handle fields, std
   if (kind == "context_attention") return builder.context_attention(f.matrix("query"), f.matrix("key"));
   if (kind == "residual") {
     builder.begin_residual();
-    add_layers(builder, py::cast<py::list>(fields["layers"]), arrays);
+    add_layers(builder, f.layers(), arrays);
     return builder.end_residual();
   }
   fail("kind: got '" + kind + "', which is no layer");
@@ -175,9 +189,9 @@ void add_layer(Builder& builder, const std::string& kind, py::handle fields, std
 
 void add_layers(Builder& builder, const py::list& layers, std::deque<py::buffer_info>& arrays) {
   for (const py::handle layer : layers) {
-    const auto parts = py::cast<py::tuple>(layer);
+    const auto parts = as<py::tuple>("layers", layer, "(kind, fields) of each");
     if (parts.size() != 2 || !py::isinstance<py::dict>(parts[1])) fail("layers: wants (kind, fields) of each");
-    add_layer(builder, py::cast<std::string>(parts[0]), parts[1], arrays);
+    add_layer(builder, as<std::string>("kind", parts[0], "a name"), parts[1], arrays);
   }
 }
 
@@ -205,7 +219,8 @@ void run(const Model& model, py::handle context, py::handle out, int threads, py
   check_dense(result, false);
   std::optional<py::buffer_info> times;
   if (!nanoseconds.is_none()) {
-    times = py::cast<py::buffer>(nanoseconds).request(true);
+    times = as<py::buffer>("nanoseconds", nanoseconds, "an array").request();
+    if (times->readonly) fail("nanoseconds: got a read-only array, wants one to write to");
     if (!times->item_type_is_equivalent_to<int64_t>() || times->ndim != 2 || times->shape[0] != model.layers() ||
         times->shape[1] != phases || times->strides[1] != sizeof(int64_t) ||
         times->strides[0] != phases * static_cast<py::ssize_t>(sizeof(int64_t)))
@@ -227,7 +242,8 @@ void step(const Model& model, py::handle vector, py::handle out, py::handle stat
   check_shape(result, "O", sizes);
   check_shape(kept, "S", sizes);
   for (const Array* array : {&input, &result, &kept}) check_dense(*array, false);
-  if (seen < 0) fail("seen: got " + std::to_string(seen) + ", wants the number of vectors before this one");
+  if (seen < 0 || seen > int64_t{1} << 53)
+    fail("seen: got " + std::to_string(seen) + ", wants the number of vectors before this one");
   if (model.most_positions() > 0 && seen >= model.most_positions())
     fail("seen: got " + std::to_string(seen) + ", and the model takes " + std::to_string(model.most_positions()) +
          " vectors at most");

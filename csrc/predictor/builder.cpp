@@ -237,6 +237,8 @@ void Builder::last() {
 }
 
 void Builder::begin_residual() {
+  constexpr size_t deepest = 16;
+  if (levels_.size() > deepest) fail("has branches within branches, more than 16 deep");
   before_residual_.emplace_back(dim_, sequence_);
   levels_.emplace_back();
 }

@@ -35,25 +35,26 @@ inline void attention(Run& run, Stream& s, const Attention& m, float* state) {
   const Rows in = s.now, out = s.next(m.dim);
   const int64_t positions = s.positions, kept = m.window - 1, head = m.dim / m.heads;
   const int64_t reach = smaller(m.window, (state ? run.args.seen : 0) + positions);
-  float* const scores = run.take<float>(in.count * m.heads * reach);
   const float scale = 1.0f / sqrtf(static_cast<float>(head));
-  each_row(in.count, m.dim * reach, [&](int64_t r) {
-    const int64_t t = r % positions, past = state ? run.args.seen : t;
-    const int64_t count = smaller(m.window, past + 1);
-    // Keys and values of `back` positions ago.
-    const auto key = [&](int64_t back) -> const float* {
-      if (back == 0 || !state) return in.row(r - back) + m.dim;
-      return state + (past - back) % kept * 2 * m.dim;
-    };
-    float* const to = out.row(r);
-    fill_zero(to, out.stride());
-    for (int64_t h = 0; h < m.heads; ++h) {
-      float* const weights = scores + (r * m.heads + h) * reach;
-      const float* const q = in.row(r) + h * head;
-      for (int64_t back = 0; back < count; ++back) weights[back] = scale * dot(q, key(back) + h * head, head);
-      softmax(weights, count);
-      for (int64_t back = 0; back < count; ++back)
-        add_scaled(to + h * head, weights[back], key(back) + m.dim + h * head, head);
+  ranges(in.count, 1, in.count * m.dim * reach > work_worth_sharing, [&](int64_t begin, int64_t end) {
+    const Buffer<float> scores(reach);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t t = r % positions, past = state ? run.args.seen : t;
+      const int64_t count = smaller(m.window, past + 1);
+      // Keys and values of `back` positions ago.
+      const auto key = [&](int64_t back) -> const float* {
+        if (back == 0 || !state) return in.row(r - back) + m.dim;
+        return state + (past - back) % kept * 2 * m.dim;
+      };
+      float *const to = out.row(r), *const weights = scores.get();
+      fill_zero(to, out.stride());
+      for (int64_t h = 0; h < m.heads; ++h) {
+        const float* const q = in.row(r) + h * head;
+        for (int64_t back = 0; back < count; ++back) weights[back] = scale * dot(q, key(back) + h * head, head);
+        softmax(weights, count);
+        for (int64_t back = 0; back < count; ++back)
+          add_scaled(to + h * head, weights[back], key(back) + m.dim + h * head, head);
+      }
     }
   });
   if (state && kept > 0) copy(state + run.args.seen % kept * 2 * m.dim, in.row(0) + m.dim, 2 * m.dim);
