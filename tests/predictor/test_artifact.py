@@ -119,15 +119,15 @@ def test_golden_refuses_another_space_and_wrong_golden_files(copy, payload, pred
         ({"context": context, "prediction": prediction[:, :-1]}, "windows of this model"),
         ({"context": context[:0], "prediction": prediction[:0]}, "windows of this model"),
         ({"context": context, "prediction": prediction.astype(np.float64)}, "windows of this model"),
-        ({"context": context}, "cannot be read"),
-        ({"context": np.array([{}], object), "prediction": prediction}, "cannot be read"),
+        ({"context": context}, "has no array"),
+        ({"context": np.array([{}], object), "prediction": prediction}, "holds Python objects"),
     ):
         np.savez(copy / "golden.npz", **arrays)
         reseal(copy)
         refused(copy, says=says)
     (copy / "golden.npz").write_bytes(b"PK not a zip")
     reseal(copy)
-    refused(copy, says="cannot be read")
+    refused(copy, says="damaged")
 
 
 def test_wrong_weights_under_fresh_hashes(copy):

@@ -9,7 +9,6 @@ version and a checksum of itself.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastlvm
+from fastlvm.data.npz import Archive
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
 from fastlvm.predictor.forward import Forward, Plan
@@ -216,10 +216,10 @@ def _read_weights(file: Path, plan: Plan) -> dict[str, np.ndarray]:
 def _read_golden(file: Path, plan: Plan) -> Golden:
     positions, dim = plan.shape
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            golden = Golden(arrays["context"], arrays["prediction"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"{file} cannot be read ({error}): export the artifact again") from error
+        with Archive(file) as archive:
+            golden = Golden(archive.array("context"), archive.array("prediction"))
+    except InputError as error:
+        raise IntegrityError(f"{error}: export the artifact again") from error
     n = len(golden.context) if golden.context.ndim else 0
     shapes = golden.context.shape == (n, positions, dim) and golden.prediction.shape == (n, dim)
     if n < 1 or not shapes or any(part.dtype != np.float32 for part in golden):

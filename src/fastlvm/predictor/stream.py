@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastlvm.data.npz import Archive
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_file
 
@@ -68,13 +67,8 @@ class Stream:
 
     def restore(self, file: str | os.PathLike[str]) -> None:
         """Go on from a saved state. InputError where there is none of this model, IntegrityError for a damaged one."""
-        if not Path(file).is_file():
-            raise InputError(f"{file} is no file: name one that Stream.save wrote")
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                kind, model, state, seen = (arrays[name] for name in ("format", "model", "state", "seen"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise IntegrityError(f"{file} is not the state of a stream ({error}): save it again") from error
+        with Archive(file) as archive:
+            kind, model, state, seen = (archive.array(name) for name in ("format", "model", "state", "seen"))
         if kind.dtype.kind != "U" or str(kind) != FORMAT:
             raise InputError(f"{file} is not the state of a stream: name a file that Stream.save wrote")
         if str(model) != self._model_id:
@@ -82,4 +76,4 @@ class Stream:
         whole = state.shape == self._state.shape and state.dtype == np.float32 and seen.dtype == np.int64
         if not whole or seen.ndim or seen < 0 or not np.isfinite(state).all():
             raise IntegrityError(f"{file} is damaged: save it again")
-        self._state, self._seen = state, int(seen)
+        self._state, self._seen = state.copy(), int(seen)

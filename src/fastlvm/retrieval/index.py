@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlvm.data import Payload, Space
+from fastlvm.data.npz import HEADER_ERRORS
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
 from fastlvm.retrieval import build as building
@@ -166,9 +167,11 @@ class Index:
         import faiss
 
         set_threads(threads)
-        faiss_index: Any = faiss.read_index(str(path / "index.faiss"))
-        keys = np.load(path / "keys.npy", allow_pickle=False)
-        groups = np.load(path / "groups.npy", allow_pickle=False)
+        try:
+            faiss_index: Any = faiss.read_index(str(path / "index.faiss"))
+        except RuntimeError as error:
+            raise IntegrityError(f"{path / 'index.faiss'} cannot be read ({error}): build the index again") from error
+        keys, groups = _read_array(path / "keys.npy"), _read_array(path / "groups.npy")
         own_space = "space.safetensors" in files
         space = Space.load(path / "space.safetensors") if own_space else Space.identity(meta.dim)
         index = cls(faiss_index, keys, groups, space, meta, own_space)
@@ -290,6 +293,13 @@ class Index:
     def recall_at_50(self) -> float | None:
         """Recall@50 against exact search, measured when the index was built; None for a flat index, which is exact."""
         return self._meta.recall_at_50
+
+
+def _read_array(file: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(file, allow_pickle=False))
+    except (*HEADER_ERRORS, OSError) as error:
+        raise IntegrityError(f"{file} is no whole .npy array ({error}): build the index again") from error
 
 
 def set_threads(threads: int | None) -> None:
