@@ -32,32 +32,40 @@ FASTLVM_INLINE void walk_steps(const R& rows, V (&h)[Count], const V (&a)[Count]
   }
 }
 
+// A of a vector of channels, the next state's `pitch` elements on.
+template <class V>
+struct Columns {
+  const typename V::scalar* p;
+  int64_t pitch;
+  V at(int64_t n) const { return V::load(p + n * pitch); }
+};
+
 // `Count` states from n on through `length` steps; y [length, V::width] is added to from step `wanted` on. Here and
-// below A and h hold a vector of channels every `pitch` elements.
-template <class V, int Count, bool Grows, class R, class B, class C>
-inline void walk(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, B b, C c, int64_t n,
+// below h holds a vector of channels every `pitch` elements.
+template <class V, int Count, bool Grows, class R, class A, class B, class C>
+inline void walk(const R& rows, A coefficients, typename V::scalar* h, int64_t pitch, B b, C c, int64_t n,
                  int64_t length, int64_t wanted) {
   V state[Count], a[Count];
-  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * pitch), a[j] = V::load(A + (n + j) * pitch);
+  for (int j = 0; j < Count; ++j) state[j] = V::load(h + (n + j) * pitch), a[j] = coefficients.at(n + j);
   walk_steps<V, Count, Grows, false>(rows, state, a, b, c, n, 0, wanted);
   walk_steps<V, Count, Grows, true>(rows, state, a, b, c, n, wanted, length);
   for (int j = 0; j < Count; ++j) state[j].store(h + (n + j) * pitch);
 }
 
-template <class V, bool Grows, class R, class B, class C>
-inline void walk_all(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, B b, C c,
-                     int64_t states, int64_t length, int64_t wanted) {
+template <class V, bool Grows, class R, class A, class B, class C>
+inline void walk_all(const R& rows, A a, typename V::scalar* h, int64_t pitch, B b, C c, int64_t states, int64_t length,
+                     int64_t wanted) {
   constexpr int at_once = V::states_at_once;
   int64_t n = 0;
-  for (; n + at_once <= states; n += at_once) walk<V, at_once, Grows>(rows, A, h, pitch, b, c, n, length, wanted);
-  for (; n < states; ++n) walk<V, 1, Grows>(rows, A, h, pitch, b, c, n, length, wanted);
+  for (; n + at_once <= states; n += at_once) walk<V, at_once, Grows>(rows, a, h, pitch, b, c, n, length, wanted);
+  for (; n < states; ++n) walk<V, 1, Grows>(rows, a, h, pitch, b, c, n, length, wanted);
 }
 
 // A whole sequence of `Length` steps from a zero state, its rows in registers. Short, so that the plain product with
 // the factor is exact enough.
-template <class V, int Length, bool Only_last, class R>
-inline void walk_short(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, Broadcast<V> b,
-                       Broadcast<V> c, int64_t states) {
+template <class V, int Length, bool Only_last, class R, class A, class Fetch>
+inline void walk_short(const R& rows, A coefficients, typename V::scalar* h, int64_t pitch, Broadcast<V> b,
+                       Broadcast<V> c, int64_t states, Fetch fetch) {
   constexpr int W = V::width, from = Only_last ? Length - 1 : 0;
   V delta[Length], input[Length], y[Length];
   for (int t = 0; t < Length; ++t) {
@@ -65,7 +73,8 @@ inline void walk_short(const R& rows, const typename V::scalar* A, typename V::s
     y[t] = V::zero();
   }
   for (int64_t n = 0; n < states; ++n) {
-    const V a = V::load(A + n * pitch);
+    const V a = coefficients.at(n);
+    fetch(n);
     V state = input[0] * b.at(n, 0);
     if (from == 0) y[0] = V::fma(state, c.at(n, 0), y[0]);
     for (int t = 1; t < Length; ++t) {
@@ -77,26 +86,27 @@ inline void walk_short(const R& rows, const typename V::scalar* A, typename V::s
   for (int t = 0; t < Length; ++t) y[t].store(rows.y() + t * W);
 }
 
-template <class V, bool Only_last, class R>
-inline void walk_short(const R& rows, const typename V::scalar* A, typename V::scalar* h, int64_t pitch, Broadcast<V> b,
-                       Broadcast<V> c, int64_t states, int64_t length) {
+// `fetch(n)` is called at every state, for whoever has something to fetch into the cache meanwhile.
+template <class V, bool Only_last, class R, class A, class Fetch>
+inline void walk_short(const R& rows, A a, typename V::scalar* h, int64_t pitch, Broadcast<V> b, Broadcast<V> c,
+                       int64_t states, int64_t length, Fetch fetch) {
   switch (length) {
     case 1:
-      return walk_short<V, 1, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 1, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 2:
-      return walk_short<V, 2, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 2, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 3:
-      return walk_short<V, 3, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 3, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 4:
-      return walk_short<V, 4, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 4, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 5:
-      return walk_short<V, 5, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 5, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 6:
-      return walk_short<V, 6, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 6, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     case 7:
-      return walk_short<V, 7, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 7, Only_last>(rows, a, h, pitch, b, c, states, fetch);
     default:
-      return walk_short<V, 8, Only_last>(rows, A, h, pitch, b, c, states);
+      return walk_short<V, 8, Only_last>(rows, a, h, pitch, b, c, states, fetch);
   }
 }
 
@@ -108,11 +118,12 @@ template <class V>
 inline void run_block(const Rows<V>& rows, const States<V>& states, const Projection<V>& B, const Projection<V>& C,
                       int64_t c, int64_t count, int64_t length, int64_t wanted, bool grows) {
   fill_zero(rows.y(), length * V::width);
+  const Columns<V> a = {states.A(c), V::width};
   const auto go = [&](auto b, auto c_t) {
     if (grows)
-      walk_all<V, true>(rows, states.A(c), states.h(c), V::width, b, c_t, count, length, wanted);
+      walk_all<V, true>(rows, a, states.h(c), V::width, b, c_t, count, length, wanted);
     else
-      walk_all<V, false>(rows, states.A(c), states.h(c), V::width, b, c_t, count, length, wanted);
+      walk_all<V, false>(rows, a, states.h(c), V::width, b, c_t, count, length, wanted);
   };
   if (B.varies() && C.varies()) return go(B.broadcast(), C.broadcast());
   if (B.varies()) return go(B.broadcast(), C.per_lane(c));
@@ -218,15 +229,16 @@ class Forward {
     for (int64_t c = 0; c < part.count; c += W) {
       const bool negative = rows.read(chunk, next, part.first + c, states.lanes(c));
       T* const h = states.h(c);
+      const Columns<V> a = {states.A(c), W};
+      const auto none = [](int64_t) {};
       if (negative || states.grows(c)) {
         fill_zero(h, part.states * W);
         run_block(rows, states, B, C, c, part.states, at.length, skipped_, true);
       } else if (only_last) {
-        walk_short<V, true>(rows, states.A(c), keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states,
-                            at.length);
+        walk_short<V, true>(rows, a, keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states, at.length, none);
       } else {
-        walk_short<V, false>(rows, states.A(c), keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states,
-                             at.length);
+        walk_short<V, false>(rows, a, keep ? h : nullptr, W, B.broadcast(), C.broadcast(), part.states, at.length,
+                             none);
       }
       emit(part, rows, chunk, next, c);
     }

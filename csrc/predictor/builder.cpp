@@ -1,8 +1,11 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
 
+#define FASTLVM_ISA builder  // for half.h: this object has no instruction set of its own
+#include "common/half.h"
 #include "predictor/model.h"
 
 namespace fastlvm {
@@ -158,15 +161,27 @@ void Builder::mamba_block(const MambaSource& b) {
   m.in_z = matrix(b.in_proj, inner, inner);
   m.x_proj = matrix(b.x_proj);
   m.dt_proj = matrix(b.dt_proj);
-  float* const A = place<float>(padded(inner) * b.state);
-  for (int64_t c = 0; A && c < padded(inner); ++c)
-    for (int64_t n = 0; n < b.state; ++n)
-      A[(c / block_outputs * b.state + n) * block_outputs + c % block_outputs] =
-          c < inner ? b.A[c * b.state + n] * log2e : 0.0f;
-  m.A = A;
+  coefficients(b, inner, m);
   m.D = vector(b.D, inner);
   m.out_proj = matrix(b.out_proj);
   add(LayerKind::mamba_block, m, (b.width - 1 + b.state) * padded(inner));
+}
+
+// A by vectors of channels, times log2(e); as float16 beside matrices that are no more exact, where it fits.
+void Builder::coefficients(const MambaSource& b, int64_t inner, MambaBlock& m) {
+  constexpr float most_half = 65504;
+  bool half = b.in_proj.precision != Precision::fp32;
+  for (int64_t i = 0; i < inner * b.state; ++i) half = half && std::abs(b.A[i] * log2e) < most_half;
+  const int64_t count = padded(inner) * b.state;
+  float* const A = half ? nullptr : place<float>(count);
+  uint16_t* const half_A = half ? place<uint16_t>(count) : nullptr;
+  m.A = A, m.half_A = half_A;
+  for (int64_t c = 0; (A || half_A) && c < padded(inner); ++c)
+    for (int64_t n = 0; n < b.state; ++n) {
+      const int64_t at = (c / block_outputs * b.state + n) * block_outputs + c % block_outputs;
+      const float value = c < inner ? b.A[c * b.state + n] * log2e : 0.0f;
+      half ? half_A[at] = builder::to_f16(value) : A[at] = value;
+    }
 }
 
 void Builder::mamba2_block(const Mamba2Source& b) {

@@ -52,6 +52,12 @@ struct Lanes {
   float* y() const { return y_; }
 };
 
+// A as float16.
+struct HalfColumns {
+  const uint16_t* p;
+  Vec at(int64_t n) const { return Vec::load_f16(p + n * block_outputs, Vec::width); }
+};
+
 // One call of a Mamba block after its first projections.
 class MambaScan {
  public:
@@ -117,17 +123,32 @@ class MambaScan {
   }
 
   void walk(const Lanes& rows, int64_t first, int64_t c, int lane, int64_t skipped, float* zeros) const {
+    const int64_t at = c * m_.state + lane;
+    if (m_.half_A)
+      walk(rows, HalfColumns{m_.half_A + at}, first, c, lane, skipped, zeros);
+    else
+      walk(rows, ssm::Columns<Vec>{m_.A + at, block_outputs}, first, c, lane, skipped, zeros);
+  }
+
+  template <class A>
+  void walk(const Lanes& rows, A a, int64_t first, int64_t c, int lane, int64_t skipped, float* zeros) const {
     const float* const B = projected_.row(first) + m_.rank;
     const ssm::Broadcast<Vec> b = {B, 1, projected_.stride()}, c_t = {B + m_.state, 1, projected_.stride()};
-    const float* const A = m_.A + c * m_.state + lane;
-    constexpr int64_t pitch = block_outputs;
-    if (is_short() && skipped) return ssm::walk_short<Vec, true>(rows, A, nullptr, pitch, b, c_t, m_.state, positions_);
-    if (is_short()) return ssm::walk_short<Vec, false>(rows, A, nullptr, pitch, b, c_t, m_.state, positions_);
+    constexpr int64_t pitch = block_outputs, line = 64;
+    // The scan computes and leaves the memory idle: the weights that come next are fetched meanwhile.
+    const uint8_t* const next = m_.out_proj.weight + (c + lane) / Vec::width * m_.state * line;
+    const auto fetch = [next](int64_t n) {
+      if constexpr (Vec::width >= 8) FASTLVM_PREFETCH(next + n * line);
+      static_cast<void>(n);
+    };
+    if (is_short() && skipped)
+      return ssm::walk_short<Vec, true>(rows, a, nullptr, pitch, b, c_t, m_.state, positions_, fetch);
+    if (is_short()) return ssm::walk_short<Vec, false>(rows, a, nullptr, pitch, b, c_t, m_.state, positions_, fetch);
     float* const h = state_ ? state_ + c * m_.state : zeros;
     if (!state_)
       for (int64_t n = 0; n < m_.state; ++n) Vec::zero().store(h + n * pitch + lane);
     fill_zero(rows.y(), positions_ * Vec::width);
-    ssm::walk_all<Vec, false>(rows, A, h + lane, pitch, b, c_t, m_.state, positions_, skipped);
+    ssm::walk_all<Vec, false>(rows, a, h + lane, pitch, b, c_t, m_.state, positions_, skipped);
   }
 
   const MambaBlock& m_;

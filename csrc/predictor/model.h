@@ -96,6 +96,7 @@ class Builder {
   Matrix matrix(const MatrixSource& source, int64_t first, int64_t count);
   Matrix matrix(const MatrixSource& source) { return matrix(source, 0, source.outputs); }
   Norm norm_of(const NormSource& source);
+  void coefficients(const MambaSource& source, int64_t inner, MambaBlock& block);
   const float* columns(const float* from, int64_t rows, int64_t width);
   template <class T>
   void add(LayerKind kind, const T& details, int64_t state = 0);

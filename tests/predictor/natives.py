@@ -99,8 +99,19 @@ def unpacked(case, weights, precision):
             array = (array.astype(np.uint32) << 16).view(np.float32)
         elif array.dtype == np.int8:
             array = array * packed[name + SCALE].astype(np.float64)[:, None]
+        if name.endswith("A_log") and array.ndim == 2 and precision != "fp32":
+            array = as_half(array)
         found[name] = torch.from_numpy(array.astype(np.float64))
     return found
+
+
+def as_half(A_log):
+    """A_log of what A is in a Mamba block of matrices that are not float32: times log2(e) it is a float16."""
+    log2e = np.float32(np.log2(np.e))
+    scaled = np.exp(A_log) * log2e
+    if (scaled >= 65504).any():
+        return A_log
+    return np.log(np.maximum(scaled.astype(np.float16).astype(np.float64), 1e-30) / np.float64(log2e))
 
 
 def twin(parts, weights, context):
