@@ -8,6 +8,7 @@ version and a checksum of itself.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -199,18 +200,27 @@ _DTYPES = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8}
 
 
 def _read_weights(file: Path, plan: Plan) -> dict[str, np.ndarray]:
-    """Every tensor; InputError for a file that is none, or tensors that are not the model's."""
-    from safetensors import SafetensorError, deserialize
+    """Every tensor, as a view of the mapped file; InputError for a file that is none, or tensors not the model's."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        tensors = deserialize(file.read_bytes())
-    except (SafetensorError, OSError, MemoryError) as error:
+        with safe_open(str(file), framework="numpy") as checked:  # offsets, sizes and shapes of the whole header
+            names = set(checked.keys())
+    except (SafetensorError, OSError) as error:
         raise InputError(f"no readable safetensors file ({error})") from error
-    plan.check_shapes({name: tuple(part["shape"]) for name, part in tensors})
-    for name, part in tensors:
-        if part["dtype"] not in _DTYPES:
-            raise InputError(f"tensor {name} is {part['dtype']}, and {', '.join(_DTYPES)} are known")
-    return {name: np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"]) for name, part in tensors}
+    mapped = np.memmap(file, np.uint8, mode="r")
+    start = 8 + int(mapped[:8].view("<u8")[0])
+    header = json.loads(mapped[8:start].tobytes())
+    entries = {name: header[name] for name in names}
+    plan.check_shapes({name: tuple(entry["shape"]) for name, entry in entries.items()})
+    tensors = {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"tensor {name} is {entry['dtype']}, and {', '.join(_DTYPES)} are known")
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        values = mapped[begin:end].view(np.ndarray).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = np.require(values, requirements="A")
+    return tensors
 
 
 def _read_golden(file: Path, plan: Plan) -> Golden:
