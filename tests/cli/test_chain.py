@@ -126,6 +126,26 @@ def test_predict_asks_for_more_than_there_is(made):
         assert len(json.loads(shown)["results"]) == 112 - 5
 
 
+@pytest.mark.parametrize("precision", ("bf16", "int8"))
+def test_export_in_a_lower_precision(made, tmp_path, precision):
+    ok("export", made.run, "--index", made.index, "--precision", precision, "--out", tmp_path / "a")
+    assert json.loads((tmp_path / "a/config.json").read_text())["precision"] == precision
+    line = ok("predict", tmp_path / "a", "--context", made.context, "-k", 3, "--json")
+    assert len(json.loads(line)["results"]) == 3
+
+
+def test_bench_latency(made):
+    given = ("bench", "latency", made.artifact, "--threads", 1, "--repeats", 5)
+    shown = ok(*given, "--profile")
+    assert "median" in shown and "search" in shown and "mamba_block" in shown and "packed weights" in shown
+    found = json.loads(ok(*given, "--context", made.batch, "--profile", "--json"))
+    assert set(found["stages"]) == {"model", "search", "total"} and found["threads"] == 1 and found["repeats"] == 5
+    assert found["packed_bytes"] > 0
+    block = next(layer for layer in found["profile"] if layer["layer"] == "mamba_block")
+    assert set(block["microseconds"]) == {"elementwise", "in_proj", "x_proj", "scan", "out_proj"}
+    assert "profile" not in json.loads(ok(*given, "--json"))
+
+
 def test_eval(made, tmp_path):
     result = fastlvm(
         *("eval", made.run, made.artifact, "--payload", made.payload, "--windows", made.windows),
