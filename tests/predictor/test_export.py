@@ -11,7 +11,6 @@ import torch
 import fastlvm
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.predictor import artifact as folder_format
 from fastlvm.predictor import blocks
 from fastlvm.predictor.export import AGREEMENT
 from fastlvm.retrieval import Index
@@ -173,7 +172,9 @@ def test_a_model_with_weights_its_layers_do_not_name(tmp_path, index):
 
 def test_a_forward_that_differs_from_the_model_is_refused(tmp_path, index, monkeypatch):
     monkeypatch.setattr(blocks, "_negative_exp", lambda A_log: -A_log)
-    refused(IntegrityError, "predicts at a cosine of 0.* nothing was written", tmp_path / "a", make_model(), index=index)
+    refused(
+        IntegrityError, "predicts at a cosine of 0.* nothing was written", tmp_path / "a", make_model(), index=index
+    )
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16", "int8"))
@@ -186,6 +187,19 @@ def test_every_precision_predicts_as_the_model_does(tmp_path, index, contexts, p
     mean, least = AGREEMENT[precision]
     assert loaded.config["precision"] == precision
     assert cosine.mean() >= mean and cosine.min() >= least
+
+
+def test_where_int8_falls_short_the_output_projections_are_bfloat16(tmp_path, index, monkeypatch):
+    exporting = sys.modules["fastlvm.predictor.export"]  # the package has a function of that name
+
+    agrees = exporting._agrees
+    monkeypatch.setattr(exporting, "_agrees", lambda *args: False)
+    refused(IntegrityError, "predicts at a cosine", tmp_path / "a", make_model(), "int8", index)
+    answers = iter([False])
+    monkeypatch.setattr(exporting, "_agrees", lambda *args: next(answers, None) is None and agrees(*args))
+    fastlvm.export(make_model(), tmp_path / "a", "int8", index)
+    config = fastlvm.Predictor.load(tmp_path / "a").config
+    assert config["in_bf16"] == ["blocks.0.out_proj.weight", "blocks.1.out_proj.weight"]
 
 
 KILLED = """

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fastlvm.errors import InputError
+from fastlvm.predictor.blocks import LAYERS
 from fastlvm.predictor.export import describe
 from fastlvm.predictor.forward import Forward, Plan
-from fastlvm.predictor.blocks import LAYERS
 from fastlvm.predictor.layers import read_layer, write_layer
 
 from .sample import CONTEXT, DIM, make_model, torch_predict

@@ -6,7 +6,7 @@ Only the matrices of products change: norms, biases, convolutions, A and D stay 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -16,14 +16,19 @@ from fastlvm.predictor.layers import SCALE
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def pack(plan: Plan, weights: Mapping[str, np.ndarray], precision: str) -> dict[str, np.ndarray]:
-    """The tensors of an artifact from float32 `weights`, by name; precision is one of PRECISIONS."""
+def pack(
+    plan: Plan, weights: Mapping[str, np.ndarray], precision: str, in_bf16: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The tensors of an artifact from float32 `weights`, by name.
+
+    precision: one of PRECISIONS. in_bf16: matrices that are bfloat16 where the others are int8.
+    """
     matrices = plan.matrices()
     packed: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         if name not in matrices or precision == "fp32":
             packed[name] = array
-        elif precision == "bf16":
+        elif precision == "bf16" or name in in_bf16:
             packed[name] = to_bf16(array)
         else:
             packed[name], packed[name + SCALE] = to_int8(array)
