@@ -11,8 +11,6 @@ import pytest
 import torch
 
 import fastlvm
-from fastlvm.predictor.export import describe
-from fastlvm.predictor.forward import Forward, Plan
 
 ARTICLES, CHUNKS, DIM, K = 200, 100, 768, 50
 SMALL = {"d_model": 256, "n_layers": 4, "d_state": 16}
@@ -76,17 +74,3 @@ def test_end_to_end(predictor, contexts, batch, exclude, timed):
     """Context vectors in, ids out."""
     found = timed(lambda: predictor.search(contexts[:batch], K, exclude=exclude), batch=batch, **SIZES)
     assert (found.ids >= 0).all()
-
-
-@BATCHES
-@pytest.mark.benchmark(group="model at seed size")
-def test_seed_size_model(contexts, batch, timed):
-    """Mamba-S as the seed documents plan it, forward alone: d 768, 8 layers, N 128, expand 2."""
-    made = model()
-    plan = Plan(describe(made.config), 5, DIM)
-    forward = Forward(plan, {name: tensor.numpy() for name, tensor in made.state_dict().items()})
-    weights = sum(int(np.prod(shape)) for shape in plan.tensors().values())
-    found = timed(lambda: forward(contexts[:batch]), batch=batch, weights=weights)
-    with torch.no_grad():
-        wanted = made(torch.from_numpy(contexts[:1])).numpy()
-    assert np.abs(found[:1] - wanted).max() <= 1e-5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import shlex
@@ -76,10 +78,12 @@ class Bound:
             "bound_threads": [ctypes.c_int],
             "bound_compute": [ctypes.c_int64] * 6,
             "bound_stream": [ctypes.c_void_p, ctypes.c_int64] * 2,
+            "bound_read": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int],
         }.items():
             getattr(self._library, name).argtypes = kinds
             getattr(self._library, name).restype = None
         self._arrays: dict[Work, tuple[np.ndarray, np.ndarray]] = {}
+        self._large: dict[int, np.ndarray] = {}
 
     def set_threads(self, threads: int) -> None:
         self._library.bound_threads(threads)
@@ -93,8 +97,27 @@ class Bound:
         source, target = self._arrays[work]
         self._library.bound_stream(source.ctypes.data, work.read, target.ctypes.data, work.written)
 
+    def read(self, size: int, passes: int) -> None:
+        """Read an array of `size` bytes that many times, on huge pages where the system gives them."""
+        if size not in self._large:
+            self._large[size] = _on_huge_pages(size)
+        array = self._large[size]
+        self._library.bound_read(array.ctypes.data, array.size, passes)
+
     def close(self) -> None:
+        self._large.clear()
         self._library.bound_close()
+
+
+def _on_huge_pages(size: int) -> np.ndarray:
+    """float32 ones of `size` bytes."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, np.float32, size // 4)
+    array[:] = 1
+    return array
 
 
 def compiler() -> str | None:

@@ -1,6 +1,6 @@
 """Collects bench_*.py, times calls with their percentiles, and says on which machine it ran.
 
-The rows of the kernel benches are printed as tables at the end, and kept where --bench-results says.
+The rows of the kernel and forward benches are printed as tables at the end, and kept where --bench-results says.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 
 import fastlvm
+import forward_table
 import table
 from fastlvm.evaluation.latency import machine
 from fastlvm.files import atomic_file, write_json
+from forward_results import ForwardResults
 from paired import Plan
 from results import Results
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 RESULTS = pytest.StashKey[Results]()
+FORWARD = pytest.StashKey[ForwardResults]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +45,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     plan = Plan(rounds=config.getoption("--bench-rounds"), patience=config.getoption("--bench-patience"))
-    config.stash[RESULTS] = Results(plan, sorted({1, min(2, fastlvm.get_num_threads())}))
+    threads = sorted({1, min(2, fastlvm.get_num_threads())})
+    config.stash[RESULTS] = Results(plan, threads)
+    config.stash[FORWARD] = ForwardResults(plan, threads)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +64,11 @@ def threads(request: pytest.FixtureRequest) -> list[int]:
 @pytest.fixture(scope="session")
 def rows(request: pytest.FixtureRequest) -> Results:
     return request.config.stash[RESULTS]
+
+
+@pytest.fixture(scope="session")
+def forward_results(request: pytest.FixtureRequest) -> ForwardResults:
+    return request.config.stash[FORWARD]
 
 
 @pytest.fixture
@@ -82,7 +92,9 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    _kernels(terminalreporter, config.stash[RESULTS], config.getoption("--bench-results"))
+    folder = config.getoption("--bench-results")
+    _keep(terminalreporter, "kernels", config.stash[RESULTS], table.markdown, folder)
+    _keep(terminalreporter, "forward", config.stash[FORWARD], forward_table.markdown, folder)
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -95,20 +107,26 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{rows[0]['machine']}; kernel threads: {rows[0]['threads']}")
 
 
-def _kernels(terminalreporter: Any, results: Results, folder: Path | None) -> None:
-    """Print the tables of the kernel benches, and keep those of a whole run."""
-    if not results.rows:
+def _keep(
+    terminalreporter: Any,
+    title: str,
+    results: Results | ForwardResults,
+    markdown: Callable[[dict[str, Any]], str],
+    folder: Path | None,
+) -> None:
+    """Print the tables of a run, and keep those of a whole one."""
+    if not results.any:
         return
     data = results.data()
-    terminalreporter.section("kernels")
-    terminalreporter.write_line(table.markdown(data))
+    terminalreporter.section(title)
+    terminalreporter.write_line(markdown(data))
     if folder is None:
         return
     if not results.complete():
-        terminalreporter.write_line(f"not written to {folder}: some of the shapes have not been timed")
+        terminalreporter.write_line(f"not written to {folder}: some of it has not been timed")
         return
-    name = f"kernels-{data['isa']}-{data['threads'][-1]}-threads"
+    name = results.file_name()
     write_json(folder / f"{name}.json", data)
     with atomic_file(folder / f"{name}.md") as temporary:
-        temporary.write_text(table.markdown(data), encoding="utf-8")
+        temporary.write_text(markdown(data), encoding="utf-8")
     terminalreporter.write_line(f"written to {folder / name}.json and .md")

@@ -12,33 +12,44 @@ from pathlib import Path
 from typing import Any
 
 from fastlvm.files import atomic_file, read_json
-from table import RIVALS, Run
+from table import RIVALS, Run, count
 
 ROOT = Path(__file__).parents[1]
-_OURS, _INK, _FAINT, _GREY = "#1f6f8b", "#22272b", "#e3e6e9", "#5b6268"
-_COLORS = {"fastlvm": _OURS, "torch.compile": "#c9843f", "transformers": "#8d99a6", "mambapy": "#c3cad1"}
+OURS, INK, FAINT, GREY = "#1f6f8b", "#22272b", "#e3e6e9", "#5b6268"
+_COLORS = {"fastlvm": OURS, "torch.compile": "#c9843f", "transformers": "#8d99a6", "mambapy": "#c3cad1"}
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """Both panels as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     run = Run(data)
     cases = [case for case, about in run.cases.items() if about["op"] == "ssm_scan"]
-    figure = Figure(figsize=(11, 1.6 + 0.85 * len(cases)), dpi=150, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(1.6 + 0.85 * len(cases))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _speed(left, run, cases)
     _bound(right, run, cases)
     left.set_yticks(range(len(cases)), [run.cases[case]["title"].replace(") ", ")\n") for case in cases])
     left.invert_yaxis()
     for axis in (left, right):
-        _style(axis)
-    figure.text(0.01, 0.012, f"float32. {data['machine']}, {data['isa']}, {data['date']}.", fontsize=8, color=_GREY)
+        style(axis)
+    save(figure, data, path, "float32. ")
+
+
+def blank(height: float) -> Any:
+    """An empty figure of the width of all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, data: dict[str, Any], path: Path, note: str = "") -> None:
+    """Write the figure as a PNG, with the machine and the date below it."""
+    figure.text(0.01, 0.012, f"{note}{data['machine']}, {data['isa']}, {data['date']}.", fontsize=8, color=GREY)
     figure.tight_layout(rect=(0, 0.03, 1, 1), w_pad=2.0)
     with atomic_file(path) as temporary:
-        canvas.print_figure(temporary, format="png")
+        figure.canvas.print_figure(temporary, format="png")
 
 
 def _speed(axis: Any, run: Run, cases: list[str]) -> None:
@@ -50,17 +61,17 @@ def _speed(axis: Any, run: Run, cases: list[str]) -> None:
             y = place + (i - (len(names) - 1) / 2) * height
             speed = run.times(case, "reference", name)
             if speed is None:
-                axis.text(1.04, y, "not run", va="center", fontsize=7, color=_GREY)
+                axis.text(1.04, y, "not run", va="center", fontsize=7, color=GREY)
                 continue
             axis.barh(y, speed - 1, left=1, height=0.9 * height, color=_COLORS[name], zorder=2)
-            axis.text(max(speed, 1) * 1.04, y, f"{speed:.3g} ×", va="center", fontsize=7.5, color=_INK, zorder=4)
+            axis.text(max(speed, 1) * 1.04, y, f"{speed:.3g} ×", va="center", fontsize=7.5, color=INK, zorder=4)
         axis.barh([0], [0], color=_COLORS[name], label=name)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xlim(low, high * 1.6)
-    axis.axvline(1, color=_INK, linewidth=1, zorder=3)
-    axis.legend(loc="lower right", fontsize=8, frameon=True, edgecolor=_FAINT)
-    axis.set_title(f"Times as fast as the PyTorch reference, {_threads(run.threads[-1])}", **_TITLE)
+    axis.axvline(1, color=INK, linewidth=1, zorder=3)
+    axis.legend(loc="lower right", fontsize=8, frameon=True, edgecolor=FAINT)
+    axis.set_title(f"Times as fast as the PyTorch reference, {count(run.threads[-1])}", **TITLE)
 
 
 def _bound(axis: Any, run: Run, cases: list[str]) -> None:
@@ -68,42 +79,43 @@ def _bound(axis: Any, run: Run, cases: list[str]) -> None:
     height = 0.7 / len(run.threads)
     reach = 1.0
     for i, threads in enumerate(run.threads):
-        shade = {"color": _OURS, "alpha": 0.55 + 0.45 * i / max(1, len(run.threads) - 1)}
+        shade = {"color": OURS, "alpha": 0.55 + 0.45 * i / max(1, len(run.threads) - 1)}
         for place, case in enumerate(cases):
             over = run.over_bound(case, threads)
             if over is not None:
                 y = place + (i - (len(run.threads) - 1) / 2) * height
                 axis.barh(y, over, height=0.9 * height, zorder=2, **shade)
-                axis.text(over + 0.03, y, f"{over:.2f}", va="center", fontsize=7.5, color=_INK, zorder=4)
+                axis.text(over + 0.03, y, f"{over:.2f}", va="center", fontsize=7.5, color=INK, zorder=4)
                 reach = max(reach, over)
-        axis.barh([0], [0], label=_threads(threads), **shade)
-    axis.axvline(1, color=_INK, linewidth=1, zorder=3)
+        axis.barh([0], [0], label=count(threads), **shade)
+    axis.axvline(1, color=INK, linewidth=1, zorder=3)
     axis.set_xlim(0, 1.2 * reach)
-    axis.legend(loc="upper right", fontsize=8, frameon=True, edgecolor=_FAINT)
-    axis.set_title("Kernel ÷ the machine's own bound (1: none faster)", **_TITLE)
+    axis.legend(loc="upper right", fontsize=8, frameon=True, edgecolor=FAINT)
+    axis.set_title("Kernel ÷ the machine's own bound (1: none faster)", **TITLE)
 
 
-_TITLE = {"loc": "left", "fontsize": 9.5, "color": _INK}
+TITLE = {"loc": "left", "fontsize": 9.5, "color": INK}
 
 
-def _style(axis: Any) -> None:
-    axis.grid(axis="x", color=_FAINT, linewidth=0.8, zorder=0)
-    axis.tick_params(axis="both", which="both", length=0, labelsize=8.5, colors=_GREY)
+def style(axis: Any) -> None:
+    axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)
+    axis.tick_params(axis="both", which="both", length=0, labelsize=8.5, colors=GREY)
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
-    axis.spines["left"].set_color(_INK)
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+    axis.spines["left"].set_color(INK)
 
 
 def main(arguments: list[str]) -> None:
-    found = [Path(arguments[0])] if arguments else sorted((ROOT / "bench/results").glob("kernels-*.json"))
-    if not found:
-        sys.exit("bench/results holds no kernels-*.json: run make bench, or name a file")
-    data = max((read_json(path) for path in found), key=lambda data: data["date"])
+    data = newest("kernels", arguments)
     draw(data, Path(arguments[1]) if len(arguments) > 1 else ROOT / "docs/kernels.png")
+
+
+def newest(kind: str, arguments: list[str]) -> dict[str, Any]:
+    """The run named on the command line, or the newest one of bench/results/."""
+    found = [Path(arguments[0])] if arguments else sorted((ROOT / "bench/results").glob(f"{kind}-*.json"))
+    if not found:
+        sys.exit(f"bench/results holds no {kind}-*.json: run make bench, or name a file")
+    return max((read_json(path) for path in found), key=lambda data: data["date"])
 
 
 if __name__ == "__main__":

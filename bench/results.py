@@ -1,4 +1,4 @@
-"""What a run of the kernel benches leaves: rows of figures with the machine they were taken on."""
+"""What a run leaves: rows of figures with the machine they were taken on. Here, those of the kernel benches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,35 @@ from cases import OTHERS, SCANS, Conv, Scan, Ssd, Step, id_of
 from contenders import BEST, ISAS, TIMED
 from fastlvm.evaluation.latency import machine
 from paired import Contender, Plan
-from rivals import versions
+from rivals import PACKAGES, versions
 
 
-class Results:
-    """Filled by the benches; `data()` is what goes to the JSON file and what table.py and plot.py read."""
+class Record:
+    """When, where and with what a run was made."""
 
     def __init__(self, plan: Plan, threads: Sequence[int]) -> None:
         self.plan, self.threads = plan, list(threads)
         self.began = datetime.now(timezone.utc)
         self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def surroundings(self, packages: Sequence[str]) -> dict[str, Any]:
+        return {
+            "date": self.began.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "load": self.load,
+            "isas": ISAS,
+            "isa": BEST,
+            "threads": self.threads,
+            "rounds": self.plan.rounds,
+            "versions": {"python": platform.python_version(), **versions(packages), "compiler": _compiler()},
+        }
+
+
+class Results(Record):
+    """Filled by the benches; `data()` is what goes to the JSON file and what table.py and plot.py read."""
+
+    def __init__(self, plan: Plan, threads: Sequence[int]) -> None:
+        super().__init__(plan, threads)
         self.cases: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
 
@@ -37,7 +56,7 @@ class Results:
         self.cases.setdefault(id_of(case), {}).update(described)
         for one in contenders:
             if one.seconds:  # none with --benchmark-disable
-                self.rows.append({"case": id_of(case), "name": one.name, "isa": one.isa, **_figures(one)})
+                self.rows.append({"case": id_of(case), "name": one.name, "isa": one.isa, **figures(one)})
 
     def refuse(self, case: Scan, reasons: Mapping[str, str]) -> None:
         self.rows += [{"case": id_of(case), "name": name, "reason": reason} for name, reason in reasons.items()]
@@ -45,27 +64,22 @@ class Results:
     def memory(self, case: Scan, found: Mapping[str, Any]) -> None:
         self.cases[id_of(case)]["memory"] = dict(found)
 
+    @property
+    def any(self) -> bool:
+        return bool(self.rows)
+
     def complete(self) -> bool:
         """Whether every case has been timed."""
         return {row["case"] for row in self.rows} >= {id_of(case) for case in (*SCANS, *OTHERS)}
 
+    def file_name(self) -> str:
+        return f"kernels-{BEST}-{self.threads[-1]}-threads"
+
     def data(self) -> dict[str, Any]:
-        return {
-            "date": self.began.strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "load": self.load,
-            "isas": ISAS,
-            "isa": BEST,
-            "threads": self.threads,
-            "rounds": self.plan.rounds,
-            "versions": {"python": platform.python_version(), **versions(), "compiler": _compiler()},
-            "timed": TIMED,
-            "cases": self.cases,
-            "rows": self.rows,
-        }
+        return {**self.surroundings(PACKAGES), "timed": TIMED, "cases": self.cases, "rows": self.rows}
 
 
-def _figures(one: Contender) -> dict[str, Any]:
+def figures(one: Contender) -> dict[str, Any]:
     p10, p50, p90 = np.percentile(one.seconds, [10, 50, 90]) * 1e3
     return {
         "threads": one.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,7 @@ import fastlvm
 from cases import Scan
 from fastlvm.ops.ssm_scan import reference
 
+PACKAGES = ("fastlvm", "torch", "numpy", "transformers", "mambapy")
 ScanCall = Callable[..., Tensor]  # (u, delta, A, B, C, D, z, delta_bias), softplus of delta taken
 
 
@@ -135,10 +136,10 @@ def load(rival: Rival) -> tuple[ScanCall | None, str]:
         return None, f"cannot be imported: {error}"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of what the figures depend on; "missing" where a package is not installed."""
     found = {}
-    for name in ("fastlvm", "torch", "numpy", "transformers", "mambapy"):
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -132,22 +132,22 @@ def markdown(data: dict[str, Any]) -> str:
         f"{data['machine']}; {data['isa']}; {data['date']}. {versions}.{load}",
         f"Medians of {data['rounds']} rounds or more; a figure in brackets says how many where one call takes over a "
         "second and there were fewer.",
-        _section("Targets", ("shape", "target", "measured", ""), _targets(run)),
+        section("Targets", ("shape", "target", "measured", ""), _targets(run)),
     ]
     for threads in run.threads:
         columns = ("fastlvm", "fastlvm, numpy", "kernel", *RIVALS)
-        title = f"Milliseconds a call, {_count(threads)} (how many times as long as fastlvm)"
-        parts.append(_section(title, ("shape", *columns), _times(run, "ssm_scan", columns, threads)))
+        title = f"Milliseconds a call, {count(threads)} (how many times as long as fastlvm)"
+        parts.append(section(title, ("shape", *columns), _times(run, "ssm_scan", columns, threads)))
     parts.append(_reasons(run))
     heads = ("shape", "threads", "10⁶ exp", "MB", "compute, ms", "stream, ms", "kernel, ms", "kernel ÷ bound")
-    parts.append(_section("The machine's own bound", heads, _bounds(run)))
+    parts.append(section("The machine's own bound", heads, _bounds(run)))
     isas = [(isa, n) for isa in data["isas"] for n in run.threads if isa != "scalar" or n == run.threads[-1]]
-    heads = ("shape", *(f"{isa}, {_count(n)}" for isa, n in isas))
-    parts.append(_section("The kernel by instruction set, milliseconds", heads, _isas(run, isas)))
+    heads = ("shape", *(f"{isa}, {count(n)}" for isa, n in isas))
+    parts.append(section("The kernel by instruction set, milliseconds", heads, _isas(run, isas)))
     for op, columns in OTHERS.items():
         for threads in run.threads:
-            title = f"{op}, milliseconds a call, {_count(threads)}"
-            parts.append(_section(title, ("shape", *columns), _times(run, op, columns, threads)))
+            title = f"{op}, milliseconds a call, {count(threads)}"
+            parts.append(section(title, ("shape", *columns), _times(run, op, columns, threads)))
     parts.append("### What is timed\n\n" + "\n".join(f"- {name}: {what}" for name, what in data["timed"].items()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -172,12 +172,12 @@ def _time(run: Run, case: str, name: str, threads: int) -> str:
     fewer = f" [{row['rounds']}]" if row["rounds"] < run.data["rounds"] else ""
     times = run.times(case, name, threads=threads)
     against = f" ({times:.1f} ×)" if times is not None and name not in ("fastlvm", "fastlvm, numpy", "kernel") else ""
-    return _figure(row["median_ms"]) + fewer + against
+    return figure(row["median_ms"]) + fewer + against
 
 
 def _reasons(run: Run) -> str:
     rows = [(run.cases[case]["title"], name, reason) for (case, name), reason in run._reasons.items()]
-    return _section("Not timed", ("shape", "rival", "why"), rows)
+    return section("Not timed", ("shape", "rival", "why"), rows)
 
 
 def _bounds(run: Run) -> Iterable[Sequence[str]]:
@@ -195,18 +195,18 @@ def _isas(run: Run, isas: Sequence[tuple[str, int]]) -> Iterable[Sequence[str]]:
     for case, about in run.cases.items():
         if about["op"] == "ssm_scan":
             found = (run.ms(case, "kernel", threads, isa) for isa, threads in isas)
-            yield about["title"], *("–" if ms is None else _figure(ms) for ms in found)
+            yield about["title"], *("–" if ms is None else figure(ms) for ms in found)
 
 
-def _figure(ms: float) -> str:
+def figure(ms: float) -> str:
     return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}" if ms < 1000 else f"{ms:.0f}"
 
 
-def _count(threads: int) -> str:
+def count(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
 
 
-def _section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A heading and a table with its columns aligned; nothing where there are no rows."""
     lines = [tuple(heads), *map(tuple, rows)]
     if len(lines) == 1:
