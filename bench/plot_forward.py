@@ -57,8 +57,7 @@ def _bars(axis: Any, run: ForwardRun, names: list[str], threads: int) -> None:
                 color=plot.INK,
                 zorder=4,
             )
-    axis.margins(x=0.16)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.2 * max(row["median_ms"] for row in run.rounds.values()))  # alike in all panels
     axis.spines["left"].set_color(plot.FAINT)
     axis.set_title(f"Milliseconds a prediction, {count(threads)}", **plot.TITLE)
 
