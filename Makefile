@@ -8,10 +8,12 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csr
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
 BENCH ?=
+CASES ?= 10000
+ASAN := build/asan-ext
 NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-sanitize test-arm fuzz bench lint format wheel clean
+.PHONY: demo test test-sanitize test-arm fuzz fuzz-load bench lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
@@ -30,6 +32,22 @@ test-arm:
 # Random calls of every op under AddressSanitizer for SECONDS on every core.
 fuzz:
 	+@$(NATIVE) -j$(JOBS) fuzz
+
+# CASES damaged artifacts, loaded by an extension built for AddressSanitizer and UBSan; needs g++. Without the site
+# module there is no editable install, which would find the ordinary extension first.
+fuzz-load: $(READY)
+	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=$(CXX) \
+	  -DCMAKE_BUILD_TYPE=Sanitize -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DCMAKE_INSTALL_PREFIX=$(ASAN)/python \
+	  -DCMAKE_CXX_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" >/dev/null
+	$(BIN)/cmake --build $(ASAN)
+	rm -rf $(ASAN)/python
+	$(BIN)/cmake --install $(ASAN) >/dev/null
+	cp -R src/fastlvm/. $(ASAN)/python/fastlvm
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(ASAN)/python:tests:"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(BIN)/python -S -m predictor.fuzz_load $(CASES)
 
 # The kernel benches compare with packages of the `bench` extra; one that cannot be installed has its row say so.
 bench: $(READY)

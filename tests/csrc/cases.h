@@ -43,8 +43,8 @@ struct Failure : std::runtime_error {
 
 class Case {
  public:
-  Case(const Kernels& kernels, uint64_t seed, bool has_float64, Coverage* coverage)
-      : kernels_(kernels), draw(seed, coverage), float64(has_float64 && draw.pick("float64", {0, 0, 0, 1})) {}
+  Case(const Kernels& kernels, uint64_t seed, Coverage* coverage)
+      : kernels_(kernels), draw(seed, coverage), float64(draw.pick("float64", {0, 0, 0, 1})) {}
 
   bool wide(Variant variant) const { return float64 || variant != drawn; }
   const Kernels& kernels(Variant variant) const { return variant == drawn ? kernels_ : *scalar_kernels(); }

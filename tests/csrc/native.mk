@@ -5,7 +5,7 @@ QEMU ?= $(firstword $(shell command -v qemu-aarch64-static || command -v qemu-aa
 SECONDS ?= 60
 OUT := build/native
 
-SOURCES := $(wildcard csrc/common/*.cpp csrc/isa/*.cpp)
+SOURCES := $(wildcard csrc/common/*.cpp csrc/isa/*.cpp csrc/predictor/*.cpp)
 HEADERS := $(wildcard csrc/*/*.h)
 COMMON := -std=c++20 -Wall -Wextra -g -Icsrc -pthread
 
@@ -15,13 +15,19 @@ arm := $(ARM_CXX) $(COMMON) -O2 -static
 
 vmath := $(CXX) $(COMMON) -O3
 
-# The flags of CMakeLists.txt for the objects of one instruction set.
+# The flags of CMakeLists.txt for the objects of one instruction set: of this machine, and of the arm build.
+arm_neon_dotprod := -march=armv8.2-a+dotprod
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 avx2 := -mavx2 -mfma -mf16c
 avx512 := $(avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+avx512_vnni := $(avx512) -mavx512vnni
+avx512_bf16 := $(avx512) -mavx512bf16
 ISAS := scalar avx2 avx512
+else ifneq ($(filter aarch64 arm64,$(shell uname -m)),)
+neon_dotprod := $(arm_neon_dotprod)
+ISAS := scalar neon
 else
-ISAS := scalar $(if $(filter aarch64 arm64,$(shell uname -m)),neon)
+ISAS := scalar
 endif
 vector_neon := -DFASTLVM_VECTOR_NEON
 vector_avx2 := -DFASTLVM_VECTOR_AVX2
@@ -30,7 +36,7 @@ vector_avx512 := -DFASTLVM_VECTOR_AVX512
 define build
 $(OUT)/$(1)/%.o: csrc/%.cpp $(HEADERS) tests/csrc/native.mk
 	@mkdir -p $$(@D)
-	$$($(1)) $(if $(filter arm,$(1)),,$$($$(notdir $$*))) -c $$< -o $$@
+	$$($(1)) $$($(if $(filter arm,$(1)),arm_)$$(notdir $$*)) -c $$< -o $$@
 $(OUT)/$(1)/%: tests/csrc/%.cpp $(wildcard tests/csrc/*.h) $(SOURCES:csrc/%.cpp=$(OUT)/$(1)/%.o)
 	$$($(1)) -include tests/csrc/sanitizers.h $$< $$(filter %.o,$$^) -o $$@
 endef
@@ -52,18 +58,20 @@ $(eval $(call accuracy,arm,scalar neon))
 
 sanitize: asan tsan
 
-asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity
+asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity $(OUT)/asan/model
 	$(OUT)/asan/threads
 	$(OUT)/asan/isa_parity 80
+	$(OUT)/asan/model 40
 
 # Where the kernel randomises more address bits than ThreadSanitizer knows of, setarch -R turns that off.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity
+tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity $(OUT)/tsan/model
 	@$(FIXED_ADDRESSES) $(OUT)/tsan/threads >$(OUT)/tsan/log 2>&1 || { cat $(OUT)/tsan/log >&2; \
 	  ! grep -q 'unexpected memory mapping' $(OUT)/tsan/log || echo "ThreadSanitizer cannot run with this kernel's random" \
 	  "addresses: allow setarch -R (personality) in this container, or set sysctl vm.mmap_rnd_bits=28" >&2; exit 1; }
 	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 80
+	$(FIXED_ADDRESSES) $(OUT)/tsan/model 40
 
 arm: arm-tools
 	@$(MAKE) --no-print-directory -f tests/csrc/native.mk arm-run
@@ -72,9 +80,10 @@ arm-tools:
 	@{ command -v $(ARM_CXX) && test -n "$(QEMU)"; } >/dev/null || { echo "test-arm needs $(ARM_CXX) and qemu-aarch64:" \
 	  "install the packages g++-aarch64-linux-gnu and qemu-user-static (Debian, Ubuntu)" >&2; exit 2; }
 
-arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/vmath_accuracy
+arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/model $(OUT)/arm/vmath_accuracy
 	$(QEMU) $(OUT)/arm/threads
 	$(QEMU) $(OUT)/arm/isa_parity 80
+	$(QEMU) $(OUT)/arm/model 40
 	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
 
 fuzz: $(OUT)/asan/fuzz

@@ -158,34 +158,9 @@ inline void causal_conv1d_bwd(Case& c) {
   });
 }
 
-// float32 alone, so its truth is summed here.
-inline void linear(Case& c) {
-  const int64_t rows = c.draw.pick("rows", {0, 1, 2, 3, 4, 5, 6, 13});
-  const int64_t inputs = c.draw.pick("inputs", {0, 1, 7, 8, 16, 33, 300, 1100});
-  const int64_t outputs = c.draw.pick("outputs", {0, 1, 2, 3, 4, 31, 70, 350});
-  const Tensor& x = c.plain_input("x", {rows, inputs});
-  const Tensor& weight = c.plain_input("weight", {outputs, inputs});
-  const Tensor& y = c.dense("y", {rows, outputs}, c.forward_tolerance);
-  c.run([&](Variant v) {
-    const TensorView &a = x.view(v), &b = weight.view(v), &out = y.view(v);
-    if (v == drawn) {
-      c.kernels(v).linear({rows, inputs, outputs, static_cast<const float*>(a.data), static_cast<const float*>(b.data),
-                           static_cast<float*>(out.data)});
-      return;
-    }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t o = 0; o < outputs; ++o) {
-        double sum = 0;
-        for (int64_t i = 0; i < inputs; ++i) sum += get(a, r * inputs + i) * get(b, o * inputs + i);
-        put(out, r * outputs + o, sum);
-      }
-  });
-}
-
 struct Op {
   const char* name;
   void (*run)(Case&);
-  bool float64 = true;  // has a float64 form
 };
 
 inline const Op ops[] = {{"ssm_scan", ssm_scan},
@@ -196,12 +171,11 @@ inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"ssd_step", ssd_step},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
-                         {"causal_conv1d_step", causal_conv1d_step},
-                         {"linear", linear, false}};
+                         {"causal_conv1d_step", causal_conv1d_step}};
 
 // Empty, or what is wrong, in one line with what was drawn; `worst` gets the error as a part of what is allowed.
 inline std::string run_case(const Op& op, const Kernels& kernels, uint64_t seed, double& worst, Coverage* coverage) {
-  Case c(kernels, seed, op.float64, coverage);
+  Case c(kernels, seed, coverage);
   try {
     op.run(c);
   } catch (const Failure& failure) {

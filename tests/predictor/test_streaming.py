@@ -89,10 +89,10 @@ def test_a_state_of_another_model_or_damaged_is_refused(predictor, index, vector
         predictor.stream(tmp_path / "none.npz")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IntegrityError, match="."):
+    with pytest.raises(IntegrityError, match="truncated or damaged"):
         predictor.stream(file)
     np.savez(file, a=np.zeros(3))
-    with pytest.raises(InputError, match="has no array .format."):
+    with pytest.raises(InputError, match="has no array"):
         predictor.stream(file)
     model = predictor.config["sha256"]["model.safetensors"]
     np.savez(file, format="fastlvm-stream", model=model, state=np.zeros(3, np.float32), seen=np.int64(1))
