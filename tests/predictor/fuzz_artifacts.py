@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastlvm.data import Payload, Space
+from fastlvm.data.npz import DAMAGE, HEADER_ERRORS
 from fastlvm.files import sha256_json
 from fastlvm.predictor import artifact
 from fastlvm.predictor.forward import Forward, Plan
@@ -21,10 +20,7 @@ from fastlvm.retrieval import Index
 
 DIM, CONTEXT, ROWS = 12, 4, 96
 Files = dict[str, bytes]  # path in the folder → content
-MALFORMED = (
-    *(KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError),
-    *(EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError),
-)
+MALFORMED = (*HEADER_ERRORS, *DAMAGE, KeyError, IndexError, AttributeError)
 """What reading a damaged file raises."""
 
 META = ("payload_id", "space_id", "kind", "rows", "dim", "nlist", "nprobe", "recall_at_50", "seed")
