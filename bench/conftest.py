@@ -19,7 +19,7 @@ from fastlvm.evaluation.latency import machine
 from fastlvm.files import atomic_file, write_json
 from forward_results import ForwardResults
 from paired import Plan
-from results import Results
+from results import Results, file_name
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 RESULTS = pytest.StashKey[Results]()
@@ -125,7 +125,7 @@ def _keep(
     if not results.complete():
         terminalreporter.write_line(f"not written to {folder}: some of it has not been timed")
         return
-    name = results.file_name()
+    name = file_name(title, data)
     write_json(folder / f"{name}.json", data)
     with atomic_file(folder / f"{name}.md") as temporary:
         temporary.write_text(markdown(data), encoding="utf-8")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 import forward_rivals
-from contenders import BEST
 from forward_cases import BATCHES, CONTEXT, DIM, OURS, PRECISIONS, name_of
 from paired import Contender, Plan
 from results import Record, figures
@@ -75,9 +74,6 @@ class ForwardResults(Record):
         return all(each <= {(row["name"], row["threads"]) for row in part} for part in parts) and batches == {
             (name_of(precision), n) for precision in PRECISIONS for n in BATCHES
         }
-
-    def file_name(self) -> str:
-        return f"forward-{BEST}"
 
     def data(self) -> dict[str, Any]:
         return {

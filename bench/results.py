@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -17,6 +18,9 @@ from contenders import BEST, ISAS, TIMED
 from fastlvm.evaluation.latency import machine
 from paired import Contender, Plan
 from rivals import PACKAGES, versions
+
+# Words of a processor's name, in lower case, that tell it from none.
+_IDLE = re.compile(r"\((?:r|tm)\)|\b(?:\d+-core|cpu|processor)\b|@.*")
 
 
 class Record:
@@ -72,11 +76,15 @@ class Results(Record):
         """Whether every case has been timed."""
         return {row["case"] for row in self.rows} >= {id_of(case) for case in (*SCANS, *OTHERS)}
 
-    def file_name(self) -> str:
-        return f"kernels-{BEST}-{self.threads[-1]}-threads"
-
     def data(self) -> dict[str, Any]:
         return {**self.surroundings(PACKAGES), "timed": TIMED, "cases": self.cases, "rows": self.rows}
+
+
+def file_name(bench: str, data: Mapping[str, Any]) -> str:
+    """Another one for another instruction set, processor or number of threads, so that no run replaces theirs."""
+    processor = _IDLE.sub(" ", data["machine"].partition(",")[0].lower())
+    slug = "-".join(re.findall(r"[a-z0-9]+", processor)) or "unknown"
+    return f"{bench}-{data['isa']}-{slug}-{data['threads'][-1]}-threads"
 
 
 def figures(one: Contender) -> dict[str, Any]:
