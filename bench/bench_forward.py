@@ -75,7 +75,7 @@ class Setting:
 
     def compare(self, found: np.ndarray) -> tuple[float, float]:
         """The same of predictions for `contexts(n)`."""
-        assert found.shape == (len(found), DIM) and found.dtype == np.float32
+        assert found.shape == (len(found), DIM) and found.dtype == np.float32, f"{found.dtype} {found.shape} came back"
         wanted = np.resize(self.wanted, found.shape).astype(np.float64)
         product = (found * wanted).sum(axis=1)
         cosines = product / np.linalg.norm(found.astype(np.float64), axis=1) / np.linalg.norm(wanted, axis=1)
@@ -149,25 +149,38 @@ def _rivals(source: forward_rivals.Source, setting: Setting, threads: list[int],
     """Those that load and agree with the model, on every number of threads; `results` gets why others do not."""
     found: list[Contender] = []
     for rival in forward_rivals.RIVALS:
-        made, near = [], []
-        for n in threads:
-            pin(n, BEST)
-            call, reason = forward_rivals.load(rival, source, n)
-            if call is None:
-                results.reasons[rival.name] = reason
-                break
+        made, near, reason = _checked(rival, source, setting, threads)
+        if reason:
+            results.reasons[rival.name] = reason
+            continue
+        found += made
+        results.cosines[rival.name] = near
+        if rival.name in source.notes:
+            results.notes[rival.name] = source.notes[rival.name]
+    return found
+
+
+def _checked(
+    rival: forward_rivals.Rival, source: forward_rivals.Source, setting: Setting, threads: list[int]
+) -> tuple[list[Contender], tuple[float, float], str]:
+    """A rival on every number of threads, its smallest and mean cosine, and why it cannot be timed if it cannot."""
+    made, near = [], []
+    for n in threads:
+        pin(n, BEST)
+        call, reason = forward_rivals.load(rival, source, n)
+        if call is None:
+            return [], (0, 0), reason
+        try:
             near.append(setting.cosines(call))
             made.append(Contender(rival.name, setting.caller(call), n, BEST))
             for _ in range(2):
                 made[-1].trial()
-        else:
-            results.cosines[rival.name] = min(near)
-            if min(near)[0] >= RIVAL_COSINE:
-                found += made
-            else:
-                results.reasons[rival.name] = f"its cosine to the float32 model falls to {min(near)[0]:.4f}"
-    results.notes.update(source.notes)
-    return found
+        except Exception as error:  # whatever a rival throws
+            return [], (0, 0), f"cannot be run: {forward_rivals.described(error)}"
+    least, mean = map(float, np.min(near, axis=0))  # NaN if one of them is
+    if not least >= RIVAL_COSINE:
+        return [], (0, 0), f"its cosine to the float32 model falls to {least:.4f}"
+    return made, (least, mean), ""
 
 
 @BY_THREADS

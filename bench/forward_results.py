@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import forward_models
 import forward_rivals
 from forward_cases import BATCHES, CONTEXT, DIM, OURS, PRECISIONS, name_of
 from paired import Contender, Plan
@@ -70,10 +71,12 @@ class ForwardResults(Record):
         """Whether ours have been timed in every way, on every number of threads."""
         each = {(name_of(precision), n) for precision in PRECISIONS for n in self.threads}
         parts = (self.rounds, self.calls, self.hogged)
-        batches = {(row["name"], row["n"]) for row in self.batches}
-        return all(each <= {(row["name"], row["threads"]) for row in part} for part in parts) and batches == {
-            (name_of(precision), n) for precision in PRECISIONS for n in BATCHES
-        }
+        wanted = [
+            *((each, part, "threads") for part in parts),
+            ({(name, n) for name in forward_models.MODELS for n in self.threads}, self.others, "threads"),
+            ({(name_of(precision), n) for precision in PRECISIONS for n in BATCHES}, self.batches, "n"),
+        ]
+        return all(rows <= {(row["name"], row[by]) for row in part} for rows, part, by in wanted)
 
     def data(self) -> dict[str, Any]:
         return {

@@ -167,9 +167,13 @@ def load(rival: Rival, source: Source, threads: int) -> tuple[ForwardCall | None
     try:
         return rival.load(source, threads), ""
     except ImportError as error:
-        return None, f"cannot be imported: {error}"
+        return None, f"cannot be imported: {_first_line(error)}"
     except Exception as error:  # whatever a compiler or converter throws
-        return None, f"cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        return None, f"cannot be loaded: {described(error)}"
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -70,54 +70,55 @@ def _seconds(ms: float | None) -> float | None:
 
 def verdict(run: ForwardRun, target: Target) -> tuple[str, str]:
     """What was measured, and "met", "missed" or "not measured"."""
-    found, shown = _JUDGES[target.kind](run, target)
+    found, digits, about = _JUDGES[target.kind](run, target)
     if found is None:
         return "", "not measured"
-    good = found >= target.limit if target.kind == "rivals" else found <= target.limit
-    return shown, "met" if good else "missed"
+
+    def met(value: float) -> bool:
+        return value >= target.limit if target.kind == "rivals" else value <= target.limit
+
+    while met(round(found, digits)) != met(found):  # no "1.25" that misses 1.25
+        digits += 1
+    return f"{found:.{digits}f}{about}", "met" if met(found) else "missed"
 
 
-_Judged = tuple[float | None, str]
+# The figure, the digits after its point, and what is printed after it.
+_Judged = tuple[float | None, int, str]
 
 
 def _ms(run: ForwardRun, target: Target) -> _Judged:
-    found = run.percentile(name_of(target.precision), target.threads, "p50_ms")
-    return (None, "") if found is None else (found, f"{found:.3f} ms")
+    return run.percentile(name_of(target.precision), target.threads, "p50_ms"), 3, " ms"
 
 
 def _rivals(run: ForwardRun, target: Target) -> _Judged:
     ours, fastest = run.ms(name_of(target.precision), target.threads), run.fastest(target.precision, target.threads)
     if ours is None or fastest is None:
-        return None, ""
-    return fastest[1] / ours, f"{fastest[1] / ours:.2f} × ({fastest[0]}, {figure(fastest[1])} ms)"
+        return None, 2, ""
+    return fastest[1] / ours, 2, f" × ({fastest[0]}, {figure(fastest[1])} ms)"
 
 
 def _spread(run: ForwardRun, target: Target) -> _Judged:
     p50, p95 = (run.percentile(name_of(target.precision), target.threads, which) for which in ("p50_ms", "p95_ms"))
-    return _quotient(ratio(p95, p50))
+    return ratio(p95, p50), 2, ""
 
 
 def _bound(run: ForwardRun, target: Target) -> _Judged:
     ours = run.ms(name_of(target.precision), target.threads)
-    return _quotient(ratio(ours, run.bound(target.precision, target.threads)))
+    return ratio(ours, run.bound(target.precision, target.threads)), 2, ""
 
 
 def _hog(run: ForwardRun, target: Target) -> _Judged:
     row = run.hogged.get((name_of(target.precision), target.threads))
-    return _quotient(row["busy"]["p50_ms"] / row["quiet"]["p50_ms"] if row else None)
+    return row["busy"]["p50_ms"] / row["quiet"]["p50_ms"] if row else None, 2, ""
 
 
 def _batch(run: ForwardRun, target: Target) -> _Judged:
     """The worst of the batches."""
     if target.threads != run.threads[-1]:
-        return None, ""
+        return None, 3, ""
     alone = run.window(target.precision, 1)
     found = [(many / alone, n) for n in BATCHES if n >= MANY and alone and (many := run.window(target.precision, n))]
-    return (max(found)[0], f"{max(found)[0]:.3f} (of {max(found)[1]} windows)") if found else (None, "")
-
-
-def _quotient(found: float | None) -> _Judged:
-    return (None, "") if found is None else (found, f"{found:.2f}")
+    return (max(found)[0], 3, f" (of {max(found)[1]} windows)") if found else (None, 3, "")
 
 
 _JUDGES: dict[str, Callable[[ForwardRun, Target], _Judged]] = {
@@ -138,11 +139,11 @@ def markdown(data: dict[str, Any]) -> str:
     load = "" if data["load"] is None else f" Load average before the run: {data['load']:.2f}."
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     model = data["model"]
-    shape = f"{model['name']} of {model['parameters'] / 1e6:.1f} M weights, one context of {model['context']} × "
+    sizes = f"{model['name']} of {model['parameters'] / 1e6:.1f} M weights, one context of {model['context']} × "
     heads = [f"{count(n)}{what}" for n in run.threads for what in (", ms", ", rounds")]
     parts = [
         f"{data['machine']}; {data['isa']}; {data['date']}. {versions}.{load}",
-        f"{shape}{model['dim']} a call.",
+        f"{sizes}{model['dim']} a call." if model["parameters"] else "",  # 0 when it was not run
         section("Targets", ("precision", "threads", "target", "measured", ""), _targets(run)),
         section("Medians of paired rounds", ("", *heads, "cosine: least", "mean"), _rounds(run)),
         section("Not timed", ("", "why"), data["reasons"].items()),

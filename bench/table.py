@@ -208,7 +208,7 @@ def count(threads: int) -> str:
 
 def section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A heading and a table with its columns aligned; nothing where there are no rows."""
-    lines = [tuple(heads), *map(tuple, rows)]
+    lines = [tuple(cell.replace("|", "\\|") for cell in line) for line in (heads, *rows)]
     if len(lines) == 1:
         return ""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
