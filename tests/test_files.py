@@ -13,8 +13,9 @@ import threading
 import numpy as np
 import pytest
 
+from fastlvm import files
 from fastlvm.data import Payload, Windows
-from fastlvm.errors import InputError
+from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_file, atomic_folder, read_json, sha256_file, sha256_json, write_json
 
 
@@ -119,9 +120,29 @@ def test_json_that_cannot_be_read_is_named(tmp_path):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.json is not valid JSON"):
             read_json(tmp_path / "bad.json")
+    for number in (b"NaN", b"Infinity", b"1e999"):  # which write_json does not write
+        (tmp_path / "bad.json").write_bytes(b'{"a": [' + number + b"]}")
+        with pytest.raises(InputError, match=rf"bad\.json is not valid JSON \({number.decode()} is no finite number"):
+            read_json(tmp_path / "bad.json")
     with pytest.raises(ValueError):
         write_json(tmp_path / "nan.json", float("nan"))
     assert names(tmp_path) == ["bad.json"]
+
+
+def test_files_that_are_not_what_their_hashes_say_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"abc")
+    digest = sha256_file(tmp_path / "a")
+    files.check_files(tmp_path, {"a": digest}, "write it again")
+    for digests, says in (({"a": "0"}, "a is damaged"), ({"a": digest, "b": digest}, "b is missing")):
+        with pytest.raises(IntegrityError, match=rf"{says}.*: write it again"):
+            files.check_files(tmp_path, digests, "write it again")
+
+    def refuses(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "sha256_file", refuses)
+    with pytest.raises(IntegrityError, match=r"a cannot be read \(Permission denied\): write it again"):
+        files.check_files(tmp_path, {"a": digest}, "write it again")
 
 
 def test_hashes(tmp_path):

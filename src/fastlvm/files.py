@@ -7,15 +7,16 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastlvm.errors import InputError
+from fastlvm.errors import InputError, IntegrityError, brief, shown
 
 _CHUNK = 1 << 22
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -182,13 +183,54 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file; a missing or malformed one is an InputError that names it."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): restore it or build it again") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({brief(error)}): restore it or build it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text as `write_json` writes it, without NaN and infinity; ValueError for any other."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value)  # what nests too deep to be hashed
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{brief(text)} is no finite number")
+    return value
+
+
+Entries = Mapping[str, tuple[str, Callable[[Any], bool]]]
+"""By name, what an entry of a JSON file has to be: in words, and as a check."""
+
+
+def wrong_entry(content: Mapping[str, Any], wanted: Entries) -> str:
+    """What the first wrong entry is and should be; "" where all are right."""
+    for name, (what, holds) in wanted.items():
+        if not holds(content.get(name)):
+            return f"{name} is {shown(content.get(name))}, and {what} is wanted"
+    return ""
+
+
+def whole_number(least: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number from {least} on", lambda value: type(value) is int and value >= least
+
+
+ID = ("an id", lambda value: isinstance(value, str) and value.isalnum() and len(value) <= 64)
+
+
+def holds_digests(value: Any) -> bool:
+    """Whether it is hashes by the name of their file."""
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -198,6 +240,20 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_files(folder: Path, digests: Mapping[str, str], remedy: str) -> None:
+    """Raises IntegrityError unless every file is in the folder and has its SHA-256."""
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            raise IntegrityError(f"{file} is missing: {remedy}")
+        try:
+            found = sha256_file(file)
+        except OSError as error:
+            raise IntegrityError(f"{file} cannot be read ({error.strerror}): {remedy}") from error
+        if found != digest:
+            raise IntegrityError(f"{file} is damaged (its SHA-256 has changed): {remedy}")
 
 
 def sha256_json(value: Any) -> str:

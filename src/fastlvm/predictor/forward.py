@@ -9,7 +9,7 @@ import numpy as np
 
 from fastlvm import _C
 from fastlvm.data import Space
-from fastlvm.errors import InputError
+from fastlvm.errors import InputError, brief, shown
 from fastlvm.predictor.layers import SCALE, Layer, Native, Shape, read_layer
 
 
@@ -57,9 +57,9 @@ class Plan:
                 raise InputError(f"tensor {name} is missing")
         for name, shape in {**wanted, **scales}.items():
             if name in found and tuple(found[name]) != shape:
-                raise InputError(f"tensor {name} has shape {list(found[name])}, and {list(shape)} is wanted")
+                raise InputError(f"tensor {name} has shape {shown(list(found[name]))}, and {list(shape)} is wanted")
         for name in found.keys() - wanted.keys() - scales.keys():
-            raise InputError(f"tensor {name} belongs to none of the model's layers")
+            raise InputError(f"tensor {brief(name)} belongs to none of the model's layers")
 
 
 class Forward:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlvm.errors import InputError
+from fastlvm.errors import InputError, shown
 
 Weights = Mapping[str, np.ndarray]
 Native = tuple[str, dict[str, Any]]  # a layer as _C.Model takes it
@@ -207,18 +207,20 @@ def read_layer(entry: Any, where: str, depth: int = 0) -> Layer:
 
     kind = entry.get("type") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in LAYERS:
-        raise InputError(f"{where} has type {kind!r}, and this version knows {', '.join(LAYERS)}: update fastlvm")
+        raise InputError(f"{where} has type {shown(kind)}, and this version knows {', '.join(LAYERS)}: update fastlvm")
     cls = LAYERS[kind]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {name: value for name, value in entry.items() if name != "type"}
     for name in values.keys() - fields.keys():
-        raise InputError(f"{where} ({kind}) has a field {name!r}, and its fields are {', '.join(fields) or 'none'}")
+        raise InputError(
+            f"{where} ({kind}) has a field {shown(name)}, and its fields are {', '.join(fields) or 'none'}"
+        )
     for name, field in fields.items():
         if name not in values and field.default is not dataclasses.MISSING:
             continue
         wanted, holds = _FIELD[str(field.type)]
         if not holds(values.get(name)):
-            raise InputError(f"{where} ({kind}) has {name} = {values.get(name)!r}, and {wanted} is wanted")
+            raise InputError(f"{where} ({kind}) has {name} = {shown(values.get(name))}, and {wanted} is wanted")
     if cls is Residual:
         if depth:
             raise InputError(f"{where} is a residual branch within one: write them one after the other")
@@ -238,6 +240,7 @@ def write_layer(layer: Layer) -> dict[str, Any]:
 
 
 MOST = 1 << 20  # of a whole number
+LONGEST = 100  # characters of a name
 
 _FIELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": (
@@ -246,7 +249,7 @@ _FIELD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "float": ("a number above 0", lambda v: isinstance(v, float) and 0 < v < math.inf),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
-    "str": ("a name", lambda v: isinstance(v, str) and v != ""),
+    "str": ("a name", lambda v: isinstance(v, str) and v.isprintable() and 0 < len(v) <= LONGEST),
     "tuple[Layer, ...]": ("a list of at least one layer", lambda v: isinstance(v, list) and len(v) > 0),
 }
 
