@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import tokenize
 import zipfile
@@ -14,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fastlvm.errors import InputError, IntegrityError
+from fastlvm.errors import InputError, IntegrityError, brief, shown
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error, NotImplementedError, RuntimeError)
 """What reading a damaged archive raises."""
@@ -26,21 +27,65 @@ HEADER_ERRORS = (
 """What numpy raises for a .npy header that makes no sense."""
 
 
-def read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+# The header as numpy writes it, of arrays without fields; read as text, since evaluating it warns and recurses.
+_HEADER = re.compile(
+    rb"""\{\s*(?:(?:'descr':\s*'(?P<descr>[<>|=]?[?biufcmMOSUV]\d{0,10}(?:\[\w{1,12}\])?)'"""
+    rb"""|'fortran_order':\s*(?P<fortran>True|False)"""
+    rb"""|'shape':\s*\(\s*(?P<shape>(?:\d{1,18}L?,\s*)*(?:\d{1,18}L?)?)\s*\))\s*(?:,\s*)?){3}\}\s*"""
+)
+_LENGTHS = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}  # bytes of the header's length, by what goes before
+_LONGEST = 10_000  # bytes of a header, which is numpy's own bound
+_HEAD = 128  # bytes that numpy gives a header
+_AXES = 32
+
+
+def read_header(
+    file: IO[bytes], name: str, remedy: str = "restore the file"
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and dtype from the head of a .npy stream. Raises IntegrityError naming `name`."""
     try:
-        magic = np.lib.format.read_magic(file)
-        if magic == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        elif magic == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f"version {magic}")
-    except (*HEADER_ERRORS, *DAMAGE) as error:
-        raise IntegrityError(f"{name} has no .npy header that can be read: restore the file") from error
-    if any(side < 0 for side in shape) or math.prod(shape) > 2**48:
-        raise IntegrityError(f"{name} claims shape {list(shape)}: restore the file")
-    return shape, fortran, dtype
+        size = int.from_bytes(_exactly(file, _LENGTHS[_exactly(file, 8)]), "little")
+        found = _HEADER.fullmatch(_exactly(file, size)) if size <= _LONGEST else None
+        if found is None or None in found.groups():
+            raise ValueError("no header of an array")
+        dtype = np.dtype(found["descr"].decode())
+    except (KeyError, *HEADER_ERRORS, *DAMAGE) as error:
+        raise IntegrityError(f"{name} has no .npy header that can be read: {remedy}") from error
+    shape = tuple(int(side) for side in re.findall(rb"\d+", found["shape"]))
+    if len(shape) > _AXES or math.prod(max(side, 1) for side in shape) > 2**48 or dtype.itemsize == 0:
+        raise IntegrityError(f"{name} claims {dtype} {shown(list(shape))}: {remedy}")
+    return shape, found["fortran"] == b"True", dtype
+
+
+def map_array(path: Path, dtype: str, shape: tuple[int, ...], remedy: str) -> np.memmap:
+    """Map a .npy file that has to have this dtype and shape, and no byte more or less. Raises IntegrityError."""
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing: {remedy}")
+    wanted = np.dtype(dtype).newbyteorder("<")
+    nbytes = math.prod(shape) * wanted.itemsize
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size < _HEAD:
+                raise _truncated(path, size, _HEAD + nbytes, remedy)
+            found, fortran, kind = read_header(file, str(path), remedy)
+            start = file.tell()
+        if (kind, found) != (wanted, shape):
+            holds = f"{kind} {shown(list(found))}"
+            raise IntegrityError(f"{path} holds {holds}, and {dtype} {list(shape)} is wanted: {remedy}")
+        if fortran and len(shape) > 1:
+            raise IntegrityError(f"{path} is in Fortran order, and C order is wanted: {remedy}")
+        if size < start + nbytes:
+            raise _truncated(path, size, start + nbytes, remedy)
+        if size > start + nbytes:
+            raise IntegrityError(f"{path} has bytes after its end: {remedy}")
+        return np.memmap(path, kind, "r", start, shape)
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+
+
+def _truncated(path: Path, size: int, wanted: int, remedy: str) -> IntegrityError:
+    return IntegrityError(f"{path} is truncated: {size} bytes, and {wanted} are wanted; {remedy}")
 
 
 class Archive:
@@ -70,7 +115,7 @@ class Archive:
         return name in self.names
 
     def _damaged(self, error: BaseException) -> IntegrityError:
-        return IntegrityError(f"{self.path} is truncated or damaged ({' '.join(str(error).split())[:120]}): restore it")
+        return IntegrityError(f"{self.path} is truncated or damaged ({brief(error)}): restore it")
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of a member."""
@@ -79,7 +124,9 @@ class Archive:
 
     def _open(self, name: str) -> _Member:
         if name not in self.names:
-            raise InputError(f"{self.path} has no array {name!r}: it has {', '.join(sorted(self.names)) or 'none'}")
+            raise InputError(
+                f"{self.path} has no array {name!r}: it has {brief(', '.join(sorted(self.names))) or 'none'}"
+            )
         return _Member(self, self._zip, self.names[name], name)
 
     def array(self, name: str, objects: Callable[[IO[bytes], str, int], np.ndarray] | None = None) -> np.ndarray:
@@ -125,6 +172,8 @@ class _Member:
     def __enter__(self) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]:
         path = self._archive.path
         try:
+            if self._info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # those that numpy writes
+                raise NotImplementedError(f"compression {self._info.compress_type}")
             self._file = self._zip.open(self._info)
         except (*DAMAGE, ValueError) as error:
             raise self._archive._damaged(error) from error
@@ -132,8 +181,9 @@ class _Member:
             shape, fortran, dtype = read_header(self._file, f"{path} array {self._name!r}")
             room = self._info.file_size
             if not dtype.hasobject and math.prod(shape) * dtype.itemsize > room:
+                claimed = shown(list(shape))
                 raise IntegrityError(
-                    f"{path} array {self._name!r} claims shape {list(shape)} and holds {room} bytes: restore the file"
+                    f"{path} array {self._name!r} claims shape {claimed} and holds {room} bytes: restore the file"
                 )
         except BaseException:
             self._file.close()

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastlvm.data import rows as table
 from fastlvm.data import texts as text_files
-from fastlvm.data.npz import HEADER_ERRORS
+from fastlvm.data.npz import map_array
 from fastlvm.data.provenance import Provenance, now, version
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_folder, read_json, sha256_file, write_json
@@ -142,8 +142,9 @@ class Payload:
         record = Provenance.from_dict(raw, path / RECORD)
         if record.dtype not in ("float16", "float32"):
             raise IntegrityError(f"{path / RECORD} has dtype {record.dtype!r}, and wants float16 or float32")
-        vectors = _open_array(path / VECTORS, record.dtype, (record.rows, record.dim))
-        keys = np.array(_open_array(path / KEYS, "int32", (record.rows, 2)))
+        remedy = "restore it or build the payload again"
+        vectors = map_array(path / VECTORS, record.dtype, (record.rows, record.dim), remedy)
+        keys = np.array(map_array(path / KEYS, "int32", (record.rows, 2), remedy))
         if (bad := _unsorted(keys)) is not None:
             raise IntegrityError(
                 f"{path / KEYS} row {bad} is not after row {bad - 1}: restore it or build the payload again"
@@ -331,25 +332,3 @@ def _reserve(path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems that cannot
                 raise
-
-
-def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    """Map a .npy file that has to have this dtype and shape, and no byte more or less. Raises IntegrityError."""
-    remedy = "restore it or build the payload again"
-    if not path.is_file():
-        raise IntegrityError(f"{path} is missing: {remedy}")
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, *HEADER_ERRORS) as error:
-        size = path.stat().st_size
-        wanted = 128 + int(np.prod(shape)) * np.dtype(dtype).itemsize  # the header takes 128
-        if size < wanted:
-            raise IntegrityError(f"{path} is truncated: {size} bytes, and {wanted} are wanted; {remedy}") from error
-        raise IntegrityError(f"{path} is no array file that can be mapped: {remedy}") from error
-    if array.dtype != np.dtype(dtype).newbyteorder("<") or array.shape != shape or not array.flags.c_contiguous:
-        raise IntegrityError(
-            f"{path} holds {array.dtype} {list(array.shape)}, and {RECORD} says {dtype} {list(shape)}: {remedy}"
-        )
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise IntegrityError(f"{path} has bytes after its end: {remedy}")
-    return array
