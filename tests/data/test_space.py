@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,52 @@ def test_files_with_wrong_arrays_are_refused(tmp_path, vectors, change):
     save_file(arrays, str(path), metadata=metadata)
     with pytest.raises(IntegrityError, match=r"space\.safetensors"):
         Space.load(path)
+
+
+def rewritten(path, dtype="F32", values=None, **record):
+    """The saved space again, with tensors of another dtype or other values, and other entries of its record."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"]["fastlvm"] = json.dumps(json.loads(header["__metadata__"]["fastlvm"]) | record)
+    body = data[8 + size :] if values is None else values
+    for name in ("mean", "matrix"):
+        header[name]["dtype"] = dtype
+        if dtype != "F32":
+            header[name]["data_offsets"] = [offset // 2 for offset in header[name]["data_offsets"]]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + (body if dtype == "F32" else body[: len(body) // 2]))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_numbers_of_half_the_width_are_refused_by_name(tmp_path, vectors, dtype):
+    path = tmp_path / "space.safetensors"
+    Space.fit(vectors).save(path)
+    rewritten(path, dtype)
+    with pytest.raises(IntegrityError, match=rf"space\.safetensors .*(mean|matrix) is {dtype}, and F32 .* restore"):
+        Space.load(path)
+
+
+@pytest.mark.parametrize(
+    "record", [{"power": 10**400}, {"power": "1"}, {"power": float("nan")}, {"payload_id": []}, {"fitted_on": None}]
+)
+def test_a_record_that_makes_no_sense_is_refused(tmp_path, vectors, record):
+    path = tmp_path / "space.safetensors"
+    Space.fit(vectors).save(path)
+    rewritten(path, **record)
+    with pytest.raises(InputError, match=r"space\.safetensors"):
+        Space.load(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_whose_products_overflow_are_refused(tmp_path):
+    path = tmp_path / "space.safetensors"
+    Space.identity(12).save(path)
+    rewritten(path, values=np.full(12 + 12 * 12, 1e30, np.float32).tobytes())
+    with pytest.raises(IntegrityError, match=r"space\.safetensors .*overflow"):
+        Space.load(path)
+    with pytest.raises(InputError, match="overflow"):
+        Space(np.full(2, 3e38), np.eye(2) * 2)
 
 
 def test_saving_writes_under_no_name_but_its_own_temporary(tmp_path, monkeypatch):

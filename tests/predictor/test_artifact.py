@@ -217,6 +217,51 @@ def test_a_foreign_index_in_the_folder(copy, payload, tmp_path):
     refused(copy, says="space_id")
 
 
+def test_zero_golden_windows_are_laid_to_the_file(copy):
+    with np.load(copy / "golden.npz") as golden:
+        context, prediction = golden["context"].copy(), golden["prediction"]
+    for value, says in ((0, "all zeros"), (np.nan, "not finite")):
+        context[0, 0] = value
+        np.savez(copy / "golden.npz", context=context, prediction=prediction)
+        reseal(copy)
+        refused(copy, says=rf"golden\.npz.*context\[0, 0\].*{says}.*export the artifact again")
+
+
+def test_a_config_without_layers(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("layers")
+    (copy / "config.json").write_text(json.dumps(config))
+    reseal(copy)
+    refused(copy, InputError, r"config\.json.*layers")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ({"type": "x" * 3000}, {"x" * 3000: 1}, {"d_conv": ["x" * 3000] * 30}, {"prefix": "a\nb"}, {"prefix": "x" * 3000}),
+)
+def test_odd_values_are_told_in_one_short_line(copy, change):
+    edit_config(copy, layers=layers_with(copy, 1, **change))
+    refused(copy, InputError, r"config\.json: layer 1 ")
+    with pytest.raises(InputError) as caught:
+        fastlvm.Predictor.load(copy)
+    assert len(str(caught.value)) < 800 and str(caught.value).isprintable()
+
+
+def test_odd_names_and_shapes_of_tensors_are_told_in_one_short_line(copy):
+    file = copy / "model.safetensors"
+    good = load_file(file)
+    for extra in (
+        {"a\nb": np.zeros(3, np.float32)},
+        {"x" * 3000: np.zeros(3, np.float32)},
+        {"head.bias": np.zeros([1] * 64)},
+    ):
+        save_file(good | extra, file)
+        reseal(copy)
+        with pytest.raises(IntegrityError, match=r"model\.safetensors: tensor ") as caught:
+            fastlvm.Predictor.load(copy)
+        assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
+
+
 def test_the_reader_writes_nothing(copy):
     before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
     fastlvm.Predictor.load(copy).search(np.ones((5, DIM), np.float32), 3)

@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlvm.data import rows as table
-from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_file, sha256_json
+from fastlvm.data import tensors
+from fastlvm.errors import InputError, IntegrityError, shown
+from fastlvm.files import Entries, atomic_file, parse_json, sha256_json, wrong_entry
 
 if TYPE_CHECKING:
     from fastlvm.data.payload import Payload
 
 _META = "fastlvm"
 _FORMAT = "fastlvm-space-1"
+_REMEDY = "restore it or fit the space again"
+_ENTRIES: Entries = {
+    "power": ("a number", lambda value: isinstance(value, float)),
+    "payload_id": ("an id or null", lambda value: value is None or isinstance(value, str)),
+    "fitted_on": ("a text", lambda value: isinstance(value, str)),
+}
 
 
 class Space:
@@ -45,11 +52,14 @@ class Space:
         self.matrix = np.ascontiguousarray(matrix, dtype=np.float32)
         dim = self.mean.shape[0] if self.mean.ndim == 1 else 0
         if dim == 0 or self.matrix.shape != (dim, dim):
-            raise InputError(
-                f"a space wants mean [dim] and matrix [dim, dim], got {self.mean.shape}, {self.matrix.shape}"
-            )
+            shapes = f"{shown(self.mean.shape)}, {shown(self.matrix.shape)}"
+            raise InputError(f"a space wants mean [dim] and matrix [dim, dim], got {shapes}")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.matrix).all()):
             raise InputError("mean or matrix of the space holds NaN or infinity: fit it again")
+        with np.errstate(over="ignore"):
+            products = np.abs(self.mean) @ np.abs(self.matrix)
+        if not np.isfinite(products).all():
+            raise InputError("the products of the space's mean and matrix overflow float32: fit it again")
         self.dim = dim
         self.power = float(power)
         self.payload_id = payload_id
@@ -180,39 +190,36 @@ class Space:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Space:
         """Read a saved space. Raises InputError for a file that is none, IntegrityError for a damaged one."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path} does not exist: name a space.safetensors that fastlvm wrote")
-        remedy = "restore it or fit the space again"
         try:
-            with safe_open(str(path), framework="numpy") as file:
-                record = _record(file.metadata())
-                if record.get("format") != _FORMAT:
-                    raise InputError(f"{path} is not a space of fastlvm: name a space.safetensors")
-                mean, matrix = file.get_tensor("mean"), file.get_tensor("matrix")
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(f"{path} is damaged ({' '.join(str(error).split())[:120]}): {remedy}") from error
-        try:
-            space = cls(
-                mean,
-                matrix,
-                power=float(record["power"]),
-                payload_id=record["payload_id"],
-                fitted_on=record["fitted_on"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(f"{path} is damaged ({error}): {remedy}") from error
-        if mean.dtype != np.float32 or matrix.dtype != np.float32 or space.id != record.get("id"):
-            raise IntegrityError(f"{path} holds other numbers than its id {record.get('id')!r} stands for: {remedy}")
+            found, metadata = tensors.read(path, ("F32",))
+            record = _record(metadata)
+            space = _space(found, record) if record.get("format") == _FORMAT else None
+        except InputError as error:
+            raise IntegrityError(f"{path} is damaged ({error}): {_REMEDY}") from error
+        if space is None:
+            raise InputError(f"{path} is not a space of fastlvm: name a space.safetensors")
+        if space.id != record.get("id"):
+            stated = shown(record.get("id"))
+            raise IntegrityError(f"{path} holds other numbers than its id {stated} stands for: {_REMEDY}")
         return space
 
 
-def _record(metadata: dict[str, str] | None) -> dict[str, Any]:
+def _record(metadata: dict[str, str]) -> dict[str, Any]:
     """What `save` wrote beside the tensors; empty where it is something else."""
     try:
-        record = json.loads((metadata or {}).get(_META, "{}"))
-    except json.JSONDecodeError:
+        record = parse_json(metadata.get(_META, "{}"))
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _space(found: dict[str, np.ndarray], record: dict[str, Any]) -> Space:
+    if missing := {"mean", "matrix"} - found.keys():
+        raise InputError(f"tensor {min(missing)} is missing")
+    if wrong := wrong_entry(record, _ENTRIES):
+        raise InputError(wrong)
+    entries = {name: record[name] for name in _ENTRIES}
+    return Space(np.array(found["mean"]), np.array(found["matrix"]), **entries)

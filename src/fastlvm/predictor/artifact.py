@@ -8,7 +8,6 @@ version and a checksum of itself.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastlvm
+from fastlvm.data import tensors
 from fastlvm.data.npz import Archive
-from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from fastlvm.errors import InputError, IntegrityError, shown
+from fastlvm.files import (
+    ID,
+    Entries,
+    atomic_folder,
+    check_files,
+    holds_digests,
+    read_json,
+    sha256_file,
+    sha256_json,
+    whole_number,
+    write_json,
+    wrong_entry,
+)
 from fastlvm.predictor.forward import Forward, Plan
 from fastlvm.retrieval import Index
 
@@ -31,7 +43,14 @@ VERSION = 1
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "int8": 4e-3}
 CONFIG, MODEL, GOLDEN, INDEX = "config.json", "model.safetensors", "golden.npz", "index"
 _HASHED = (MODEL, GOLDEN, f"{INDEX}/index.json")
-_IDS = ("payload_id", "space_id", "index_id")
+_ENTRIES: Entries = {
+    **dict.fromkeys(("payload_id", "space_id", "index_id"), ID),
+    **dict.fromkeys(("context", "dim"), whole_number(1)),
+    "sha256": (
+        f"the hashes of {', '.join(_HASHED)}",
+        lambda value: holds_digests(value) and set(value) == set(_HASHED),
+    ),
+}
 
 
 class Golden(NamedTuple):
@@ -98,13 +117,9 @@ def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact
     """
     path = Path(folder)
     config = read_config(path)
-    for name, digest in config["sha256"].items():
-        if not (path / name).is_file():
-            raise IntegrityError(f"{path / name} is missing: export the artifact again")
-        if sha256_file(path / name) != digest:
-            raise IntegrityError(f"{path / name} is damaged (its SHA-256 has changed): export the artifact again")
+    check_files(path, config["sha256"], "export the artifact again")
     try:
-        plan = Plan(config["layers"], config["context"], config["dim"])
+        plan = Plan(config.get("layers"), config["context"], config["dim"])
     except InputError as error:
         raise InputError(f"{path / CONFIG}: {error}") from error
     index = Index.open(path / INDEX, threads=threads)
@@ -117,7 +132,7 @@ def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact
         raise IntegrityError(f"{path / INDEX} has dimension {index.dim}, and the model {plan.shape.dim}: export again")
     golden = _read_golden(path / GOLDEN, plan)
     try:
-        forward = Forward(plan, _read_weights(path / MODEL, plan), index.space, threads)
+        forward = Forward(plan, tensors.read(path / MODEL)[0], index.space, threads)
     except ValueError as error:
         raise IntegrityError(f"{path / MODEL}: {error}: export the artifact again") from error
     return Artifact(path, config, forward, golden, index)
@@ -126,7 +141,10 @@ def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact
 def check_golden(artifact: Artifact, predict: Callable[[np.ndarray], np.ndarray]) -> None:
     """Raises IntegrityError unless `predict`, raw contexts in, gives the golden predictions."""
     with np.errstate(all="ignore"):
-        found = predict(artifact.golden.context)
+        try:
+            found = predict(artifact.golden.context)
+        except InputError as error:
+            raise IntegrityError(f"{artifact.path / GOLDEN}: {error}: export the artifact again") from error
         worst = float(np.abs(found - artifact.golden.prediction).max())
     tolerance = TOLERANCE[artifact.config["precision"]]
     if not worst <= tolerance:
@@ -143,40 +161,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no artifact ({CONFIG} is missing): write one with fastlvm export")
     try:
         content = read_json(file)
-    except RecursionError:
-        content = None
     except InputError as error:
         raise IntegrityError(str(error)) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{file} is not an artifact of fastlvm: write one with fastlvm export")
     if content.get("version") != VERSION:
-        found = content.get("version")
-        raise InputError(f"{file} has version {found!r}, and this fastlvm reads version {VERSION}: export it again")
-    checksum = content.pop("checksum", None)
-    if not _sums_to(content, checksum):
+        found = shown(content.get("version"))
+        raise InputError(f"{file} has version {found}, and this fastlvm reads version {VERSION}: export it again")
+    if content.pop("checksum", None) != sha256_json(content):
         raise IntegrityError(f"{file} is damaged, its checksum does not fit: export the artifact again")
-    found = content.get("precision")
-    if not isinstance(found, str) or found not in TOLERANCE:
-        raise InputError(
-            f"{file} has precision {found!r}, and this version runs {', '.join(TOLERANCE)}: update fastlvm"
-        )
-    hashes = content.get("sha256")
-    whole = (
-        isinstance(hashes, dict)
-        and set(hashes) == set(_HASHED)
-        and all(isinstance(content.get(name), str) for name in _IDS)
-        and all(type(content.get(name)) is int and content[name] >= 1 for name in ("context", "dim"))
-    )
-    if not whole:
-        raise IntegrityError(f"{file} lacks what an artifact records: export the artifact again")
+    if content.get("precision") not in list(TOLERANCE):
+        found = shown(content.get("precision"))
+        raise InputError(f"{file} has precision {found}, and this version runs {', '.join(TOLERANCE)}: update fastlvm")
+    if wrong := wrong_entry(content, _ENTRIES):
+        raise IntegrityError(f"{file} lacks what an artifact records ({wrong}): export the artifact again")
     return content
-
-
-def _sums_to(content: dict[str, Any], checksum: Any) -> bool:
-    try:
-        return sha256_json(content) == checksum
-    except (ValueError, RecursionError):  # NaN, or nested beyond sense
-        return False
 
 
 def _write_weights(file: Path, weights: Mapping[str, np.ndarray]) -> None:
@@ -194,33 +193,6 @@ def _write_weights(file: Path, weights: Mapping[str, np.ndarray]) -> None:
         for name, array in kept.items()
     }
     serialize_file(specs, str(file))
-
-
-_DTYPES = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8}
-
-
-def _read_weights(file: Path, plan: Plan) -> dict[str, np.ndarray]:
-    """Every tensor, as a view of the mapped file; InputError for a file that is none, or tensors not the model's."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="numpy") as checked:  # offsets, sizes and shapes of the whole header
-            names = set(checked.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"no readable safetensors file ({error})") from error
-    mapped = np.memmap(file, np.uint8, mode="r")
-    start = 8 + int(mapped[:8].view("<u8")[0])
-    header = json.loads(mapped[8:start].tobytes())
-    entries = {name: header[name] for name in names}
-    plan.check_shapes({name: tuple(entry["shape"]) for name, entry in entries.items()})
-    tensors = {}
-    for name, entry in entries.items():
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(f"tensor {name} is {entry['dtype']}, and {', '.join(_DTYPES)} are known")
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        values = mapped[begin:end].view(np.ndarray).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[name] = np.require(values, requirements="A")
-    return tensors
 
 
 def _read_golden(file: Path, plan: Plan) -> Golden:
