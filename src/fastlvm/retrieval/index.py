@@ -15,15 +15,48 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlvm.data import Payload, Space
-from fastlvm.data.npz import HEADER_ERRORS
-from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from fastlvm.data.npz import map_array
+from fastlvm.errors import InputError, IntegrityError, shown
+from fastlvm.files import (
+    ID,
+    Entries,
+    atomic_folder,
+    check_files,
+    holds_digests,
+    read_json,
+    sha256_file,
+    sha256_json,
+    whole_number,
+    write_json,
+    wrong_entry,
+)
 from fastlvm.retrieval import build as building
+from fastlvm.retrieval import faiss_file
 
 FORMAT = "fastlvm-index"
 VERSION = 1
 KINDS = ("auto", "flat", "ivf_flat")
 MOST_THREADS = 1024
+
+_REMEDY = "build the index again"
+_MIXED = faiss_file.REMEDY
+_FILES = {"index.faiss", "keys.npy", "groups.npy"}
+_SPACE = "space.safetensors"
+_ENTRIES: Entries = {
+    **dict.fromkeys(("id", "payload_id", "space_id"), ID),
+    **dict.fromkeys(("rows", "dim"), whole_number(1)),
+    "kind": ("flat or ivf_flat", lambda value: value in ("flat", "ivf_flat")),
+    "recall_at_50": ("a share or null", lambda value: value is None or (isinstance(value, float) and 0 <= value <= 1)),
+    "seed": whole_number(0),
+    "sha256": (
+        f"the hashes of {', '.join(sorted(_FILES))} and perhaps {_SPACE}",
+        lambda value: holds_digests(value) and _FILES <= set(value) <= {*_FILES, _SPACE},
+    ),
+}
+_OF_KIND: dict[str, Entries] = {
+    "flat": dict.fromkeys(("nlist", "nprobe"), ("null", lambda value: value is None)),
+    "ivf_flat": dict.fromkeys(("nlist", "nprobe"), whole_number(1)),
+}
 
 
 class SearchResult(NamedTuple):
@@ -138,7 +171,7 @@ class Index:
             np.save(path / "keys.npy", self._keys, allow_pickle=False)
             np.save(path / "groups.npy", self._groups, allow_pickle=False)
             if self._own_space:
-                self.space.save(path / "space.safetensors")
+                self.space.save(path / _SPACE)
             files = {file.name: sha256_file(file) for file in sorted(path.iterdir())}
             content = {"format": FORMAT, "version": VERSION, "id": self.id, **vars(self._meta), "sha256": files}
             write_json(path / "index.json", content | {"checksum": sha256_json(content)})
@@ -159,39 +192,22 @@ class Index:
             raise IntegrityError(
                 f"{path} was built from payload {meta.payload_id}, and this one is {payload.id}: build an index from it"
             )
-        for name, digest in files.items():
-            if not (path / name).is_file():
-                raise IntegrityError(f"{path / name} is missing: build the index again")
-            if sha256_file(path / name) != digest:
-                raise IntegrityError(f"{path / name} is damaged (its SHA-256 has changed): build the index again")
-        import faiss
-
+        check_files(path, files, _REMEDY)
         set_threads(threads)
-        try:
-            faiss_index: Any = faiss.read_index(str(path / "index.faiss"))
-        except RuntimeError as error:
-            raise IntegrityError(f"{path / 'index.faiss'} cannot be read ({error}): build the index again") from error
-        keys, groups = _read_array(path / "keys.npy"), _read_array(path / "groups.npy")
-        own_space = "space.safetensors" in files
-        space = Space.load(path / "space.safetensors") if own_space else Space.identity(meta.dim)
-        index = cls(faiss_index, keys, groups, space, meta, own_space)
-        index._check_parts(path)
-        return index
-
-    def _check_parts(self, path: Path) -> None:
-        """The files may each be whole and still not belong together."""
-        meta = self._meta
-        fits = (
-            self._keys.shape == (meta.rows, 2)
-            and self._groups.shape == (meta.rows,)
-            and self._faiss.d == meta.dim
-            and self._faiss.ntotal == len(self._rows)
-            and self._faiss.metric_type == 0  # faiss.METRIC_INNER_PRODUCT
-            and self.space.id == meta.space_id
-            and (meta.kind == "flat" or (self._faiss.nlist, self._faiss.nprobe) == (meta.nlist, meta.nprobe))
+        keys = np.array(map_array(path / "keys.npy", "int32", (meta.rows, 2), _MIXED))
+        groups = np.array(map_array(path / "groups.npy", "int64", (meta.rows,), _MIXED))
+        _check_groups(path / "groups.npy", groups)
+        faiss_index = faiss_file.read(
+            path / "index.faiss", meta.dim, len(building.representatives(groups)), meta.nlist, meta.nprobe
         )
-        if not fits:
-            raise IntegrityError(f"{path} holds files of different indexes: build the index again")
+        own_space = _SPACE in files
+        space = Space.load(path / _SPACE) if own_space else Space.identity(meta.dim)
+        if (space.dim, space.id) != (meta.dim, meta.space_id):
+            raise IntegrityError(
+                f"{path / _SPACE if own_space else path} has space {space.id} of {space.dim} dimensions, "
+                f"and {meta.space_id} of {meta.dim} is wanted: {_MIXED}"
+            )
+        return cls(faiss_index, keys, groups, space, meta, own_space)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> SearchResult:
         """The k rows of highest inner product with each query.
@@ -295,11 +311,14 @@ class Index:
         return self._meta.recall_at_50
 
 
-def _read_array(file: Path) -> np.ndarray:
-    try:
-        return np.asarray(np.load(file, allow_pickle=False))
-    except (*HEADER_ERRORS, OSError) as error:
-        raise IntegrityError(f"{file} is no whole .npy array ({error}): build the index again") from error
+def _check_groups(file: Path, groups: np.ndarray) -> None:
+    """Raises IntegrityError unless every row's group is the smallest row of one."""
+    rows = np.arange(len(groups))
+    good = (groups >= 0) & (groups <= rows)
+    good &= groups[np.where(good, groups, 0)] == groups
+    if not good.all():
+        row = int(np.argmin(good))
+        raise IntegrityError(f"{file} has row {row} in group {groups[row]}, which is none: {_REMEDY}")
 
 
 def set_threads(threads: int | None) -> None:
@@ -334,16 +353,14 @@ def _read_meta(path: Path) -> tuple[_Meta, dict[str, str]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise IntegrityError(f"{file} is not an index of fastlvm: build one with fastlvm index build")
     if content.get("version") != VERSION:
-        raise IntegrityError(f"{file} has version {content.get('version')!r}, and {VERSION} is wanted: build it again")
-    checksum = content.pop("checksum", None)
-    if checksum != sha256_json(content):
-        raise IntegrityError(f"{file} is damaged, its checksum does not fit: build the index again")
-    try:
-        meta = _Meta(**{name: content[name] for name in _Meta.__dataclass_fields__})
-        files = dict(content["sha256"])
-        whole = meta.id == content["id"] and {"index.faiss", "keys.npy", "groups.npy"} <= files.keys()
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or any(Path(name).name != name for name in files):
-        raise IntegrityError(f"{file} lacks what an index records: build the index again")
-    return meta, files
+        found = shown(content.get("version"))
+        raise IntegrityError(f"{file} has version {found}, and {VERSION} is wanted: build it again")
+    if content.pop("checksum", None) != sha256_json(content):
+        raise IntegrityError(f"{file} is damaged, its checksum does not fit: {_REMEDY}")
+    wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _OF_KIND[content["kind"]])
+    if wrong:
+        raise IntegrityError(f"{file} lacks what an index records ({wrong}): {_REMEDY}")
+    meta = _Meta(**{name: content[name] for name in _Meta.__dataclass_fields__})
+    if meta.id != content["id"]:
+        raise IntegrityError(f"{file} has id {content['id']}, and its entries make {meta.id}: {_REMEDY}")
+    return meta, content["sha256"]
