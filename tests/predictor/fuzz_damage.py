@@ -591,6 +591,24 @@ def other_rows(target: Target) -> None:
         target.files[name] = _npy(rng.choice(ways)(), rng)
 
 
+@damage(3)
+def odd_faiss(target: Target) -> None:
+    """A number of FAISS's file changed: fields of its headers, and sizes and rows of its lists wherever they are."""
+    rng, name = target.rng, "index/index.faiss"
+    data = bytearray(target.files[name])
+    for _ in range(rng.choice((1, 1, 2))):
+        layout = rng.choice("bihqQ")
+        wide = struct.calcsize(layout)
+        at = rng.choice(
+            (rng.choice((0, 4, 8, 32, 33, 37, 45, 53, 57, 61, 90)), rng.randrange(260), rng.randrange(10**6))
+        )
+        at %= len(data) - wide
+        (old,) = struct.unpack_from(f"<{layout}", data, at)
+        new = rng.choice((old + 1, old - 1, -old, 2 * old, 0, 1, 2**31, 2**34, 2**62, 2**63 - 1, 2**64 - 1, -1))
+        data[at : at + wide] = (new % 2 ** (8 * wide)).to_bytes(wide, "little")
+    target.files[name] = bytes(data)
+
+
 @damage(2)
 def other_space(target: Target) -> None:
     """A space of other numbers or another size whose id is its own, and which the index names."""

@@ -86,6 +86,7 @@ def _judge(folder: Path) -> tuple[str, str]:
             return FINDING, f"{type(error).__name__}: {text}"
         for what, bad in (
             ("message of several lines or none", len(text.splitlines()) != 1),
+            ("message of characters that do not print", not text.isprintable()),
             ("message that does not name the artifact", str(folder) not in text),
             ("message that nobody reads to its end", len(text) > LONGEST),
         ):
