@@ -117,6 +117,7 @@ def test_golden_refuses_another_space_and_wrong_golden_files(copy, payload, pred
         ({"context": context, "prediction": bad}, "golden windows off by"),
         ({"context": context, "prediction": nan}, "golden windows off by"),
         ({"context": context, "prediction": prediction[:, :-1]}, "windows of this model"),
+        ({"context": context, "prediction": prediction[0]}, r"float32 \[32\], and float32 .* \[n, 32\] are wanted"),
         ({"context": context[:0], "prediction": prediction[:0]}, "windows of this model"),
         ({"context": context, "prediction": prediction.astype(np.float64)}, "windows of this model"),
         ({"context": context}, "has no array"),
@@ -186,6 +187,8 @@ def test_a_changed_config_under_a_fresh_checksum(copy, changes, error, says):
 def test_an_unknown_layer_names_what_this_version_knows(copy):
     edit_config(copy, layers=layers_with(copy, 1, type="local_attention"))
     refused(copy, InputError, "layer 1 has type 'local_attention', and this version knows linear, .*l2_norm")
+    edit_config(copy, layers=layers_with(copy, 1, type="mamba_block", d_conv=0))
+    refused(copy, InputError, "layer 1 .* has d_conv = 0, and a whole number .* is wanted.*export the artifact again")
 
 
 def test_another_architecture_over_the_same_weights(copy):

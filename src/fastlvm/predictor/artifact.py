@@ -121,7 +121,7 @@ def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact
     try:
         plan = Plan(config.get("layers"), config["context"], config["dim"])
     except InputError as error:
-        raise InputError(f"{path / CONFIG}: {error}") from error
+        raise InputError(f"{path / CONFIG}: {error}; export the artifact again") from error
     index = Index.open(path / INDEX, threads=threads)
     for name, found in (("payload_id", index.payload_id), ("space_id", index.space.id), ("index_id", index.id)):
         if found != config[name]:
@@ -205,5 +205,9 @@ def _read_golden(file: Path, plan: Plan) -> Golden:
     n = len(golden.context) if golden.context.ndim else 0
     shapes = golden.context.shape == (n, positions, dim) and golden.prediction.shape == (n, dim)
     if n < 1 or not shapes or any(part.dtype != np.float32 for part in golden):
-        raise IntegrityError(f"{file} does not hold the windows of this model: export the artifact again")
+        found = " and ".join(f"{part.dtype} {shown(list(part.shape))}" for part in golden)
+        raise IntegrityError(
+            f"{file} does not hold the windows of this model ({found}, and float32 [n, {positions}, {dim}] and "
+            f"[n, {dim}] are wanted): export the artifact again"
+        )
     return golden
