@@ -255,6 +255,12 @@ def test_a_saved_index_opens_as_it_was(indexes, payload, name, tmp_path):
     assert (tmp_path / "index" / "space.safetensors").exists() == (name in ("whitened", "ivf, all lists"))
 
 
+def test_a_seed_of_numpy_is_recorded_as_the_number_it_is(payload, tmp_path):
+    index = Index.build(payload, seed=np.int64(3))
+    index.save(tmp_path / "a")
+    assert Index.open(tmp_path / "a").id == index.id == Index.build(payload, seed=3).id
+
+
 def test_saving_over_something_is_refused_and_leaves_it(indexes, tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "mine").write_text("x")

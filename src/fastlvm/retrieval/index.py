@@ -155,7 +155,7 @@ class Index:
             nlist=built.nlist,
             nprobe=built.nprobe,
             recall_at_50=built.recall,
-            seed=seed,
+            seed=int(seed),
         )
         return cls(built.index, np.array(payload.keys, dtype=np.int32), groups, space, meta, own_space)
 
@@ -318,7 +318,9 @@ def _check_groups(file: Path, groups: np.ndarray) -> None:
     good &= groups[np.where(good, groups, 0)] == groups
     if not good.all():
         row = int(np.argmin(good))
-        raise IntegrityError(f"{file} has row {row} in group {groups[row]}, which is none: {_REMEDY}")
+        raise IntegrityError(
+            f"{file} has row {row} in group {groups[row]}, and the smallest row of one is wanted: {_REMEDY}"
+        )
 
 
 def set_threads(threads: int | None) -> None:
