@@ -1,0 +1,44 @@
+"""What bench/results/ keeps: tables that its JSON files print, in files named after who measured them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import forward_table
+import table
+from results import file_name
+
+RESULTS = Path(table.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_print_as_committed_under_the_name_of_their_machine(path):
+    data = json.loads(path.read_text(encoding="utf-8"))
+    kind = path.stem.partition("-")[0]
+    print_ = {"forward": forward_table.markdown, "kernels": table.markdown}[kind]
+    assert print_(data) == path.with_suffix(".md").read_text(encoding="utf-8")
+    assert path.stem == file_name(kind, data)
+
+
+@pytest.mark.parametrize(
+    ("machine", "slug"),
+    [
+        ("AMD EPYC, 2 cores, Linux x86_64", "amd-epyc"),
+        ("AMD EPYC 7763 64-Core Processor, 2 cores, Linux x86_64", "amd-epyc-7763"),
+        ("Intel(R) Xeon(R) Processor, 2 cores, Linux x86_64", "intel-xeon"),
+        ("Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz, 2 cores, Linux x86_64", "intel-xeon-platinum-8259cl"),
+        ("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz, 12 cores, Windows AMD64", "intel-core-i7-9750h"),
+        ("Apple M1 Pro, 8 cores, Darwin arm64", "apple-m1-pro"),
+        (", 1 cores, Linux riscv64", "unknown"),
+    ],
+)
+def test_results_of_another_machine_or_of_fewer_threads_have_a_name_of_their_own(machine, slug):
+    data = {"machine": machine, "isa": "avx512", "threads": [1, 2]}
+    assert file_name("forward", data) == f"forward-avx512-{slug}-2-threads"
+    assert file_name("kernels", data | {"threads": [1]}) == f"kernels-avx512-{slug}-1-threads"
