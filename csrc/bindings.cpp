@@ -34,7 +34,8 @@ PYBIND11_MODULE(_C, m) {
         return found;
       },
       "By precision, the instructions that a model's matrices are multiplied with.");
-  m.def("set_extensions", &set_extensions, py::arg("wanted"));
+  m.def("set_extension_level", &set_extension_level, py::arg("level"));
+  m.attr("EXTENSION_LEVELS") = extension_levels;
 
   py::module_::import("atexit").attr("register")(py::cpp_function([] {
     py::gil_scoped_release release;

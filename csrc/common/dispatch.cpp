@@ -13,6 +13,10 @@
 #include <intrin.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -64,11 +68,25 @@ bool runs_avx2() { return processor_level() >= Level::avx2; }
 bool runs_avx512() { return processor_level() >= Level::avx512; }
 bool has_vnni() { return runs_avx512() && (cpuid(7, 0)[2] >> 11 & 1) != 0; }
 bool has_bf16() { return runs_avx512() && cpuid(7, 0)[0] >= 1 && (cpuid(7, 1)[0] >> 5 & 1) != 0; }
+
+// AMX of int8 and bfloat16. Linux gives a process the registers when it asks for them, which it does here.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr uint32_t wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  constexpr uint64_t saved = 1u << 17 | 1u << 18;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return has_vnni() && has_bf16() && (cpuid(7, 0)[3] & wanted) == wanted && (saved_state() & saved) == saved &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #else
 bool runs_avx2() { return false; }
 bool runs_avx512() { return false; }
 bool has_vnni() { return false; }
 bool has_bf16() { return false; }
+bool has_amx() { return false; }
 #endif
 
 bool has_dotprod() {
@@ -96,24 +114,28 @@ std::array<Isa, 4> all_isas() {
            {avx512_kernels(), runs_avx512}}};
 }
 
-// Products that take the place of those of an instruction set.
+// Products that take the place of those of an instruction set, or of those of a lower level.
 struct Extension {
   const Kernels* base;
   Precision precision;
+  int level;
   const Product* product;
   bool (*runs)();
 };
 
-std::array<Extension, 3> all_extensions() {
-  return {{{avx512_kernels(), Precision::int8, avx512_vnni_int8(), has_vnni},
-           {avx512_kernels(), Precision::bf16, avx512_bf16_product(), has_bf16},
-           {neon_kernels(), Precision::int8, neon_dotprod_int8(), has_dotprod}}};
+// Lower levels first.
+std::array<Extension, 5> all_extensions() {
+  return {{{avx512_kernels(), Precision::int8, 1, avx512_vnni_int8(), has_vnni},
+           {avx512_kernels(), Precision::bf16, 1, avx512_bf16_product(), has_bf16},
+           {neon_kernels(), Precision::int8, 1, neon_dotprod_int8(), has_dotprod},
+           {avx512_kernels(), Precision::int8, 2, avx512_amx_int8(), has_amx},
+           {avx512_kernels(), Precision::bf16, 2, avx512_amx_bf16(), has_amx}}};
 }
 
-// The products of every instruction set, with its extensions.
+// The products of every instruction set, with its extensions up to each level.
 struct Extended {
   const Kernels* base;
-  Products products;
+  Products products[extension_levels + 1];
 };
 
 const Extended& extended(const Kernels& base) {
@@ -122,10 +144,12 @@ const Extended& extended(const Kernels& base) {
     const auto isas = all_isas();
     for (size_t i = 0; i < isas.size(); ++i) {
       if (!isas[i].kernels) continue;
-      found[i] = {isas[i].kernels, isas[i].kernels->products};
+      found[i].base = isas[i].kernels;
+      for (Products& products : found[i].products) products = isas[i].kernels->products;
       for (const Extension& extension : all_extensions())
         if (extension.base == found[i].base && extension.product && extension.runs())
-          found[i].products.of[static_cast<int>(extension.precision)] = extension.product;
+          for (int level = extension.level; level <= extension_levels; ++level)
+            found[i].products[level].of[static_cast<int>(extension.precision)] = extension.product;
     }
     return found;
   }();
@@ -134,7 +158,7 @@ const Extended& extended(const Kernels& base) {
   throw std::logic_error("no such instruction set");
 }
 
-std::atomic<bool> extensions_wanted{true};
+std::atomic<int> level_wanted{extension_levels};
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
@@ -187,11 +211,13 @@ const Kernels& active_kernels() {
   return *kernels;
 }
 
-Products active_products() {
-  const Kernels& kernels = active_kernels();
-  return extensions_wanted.load() ? extended(kernels).products : kernels.products;
-}
+Products active_products() { return extended(active_kernels()).products[level_wanted.load()]; }
 
-void set_extensions(bool wanted) { extensions_wanted.store(wanted); }
+void set_extension_level(int level) {
+  if (level < 0 || level > extension_levels)
+    throw std::invalid_argument("level: got " + std::to_string(level) + ", wants 0 to " +
+                                std::to_string(extension_levels));
+  level_wanted.store(level);
+}
 
 }  // namespace fastlvm

@@ -15,9 +15,12 @@ void read_isa_environment();                // a bad value is reported by the ne
 void set_isa(const std::string& name);      // throws std::invalid_argument
 const Kernels& active_kernels();            // throws std::invalid_argument
 
-// The products of the active instruction set, those of its extensions (VNNI, BF16, dot product) where the processor has
-// them and set_extensions(false) has not put them aside.
+// Products beyond an instruction set's own: level 1 is VNNI, AVX512-BF16 and the dot product of Arm, level 2 AMX.
+inline constexpr int extension_levels = 2;
+
+// The products of the active instruction set, with what the processor has of its extensions up to the level, which is
+// the highest one unless a test sets another.
 Products active_products();
-void set_extensions(bool wanted);
+void set_extension_level(int level);  // throws std::invalid_argument
 
 }  // namespace fastlvm

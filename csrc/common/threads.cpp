@@ -1,7 +1,6 @@
 #include "common/threads.h"
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -15,45 +14,18 @@
 #include <vector>
 
 #include "common/cores.h"
+#include "common/spin.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
-#endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
 #endif
 
 namespace fastlvm {
 namespace {
 
 constexpr int max_threads = 1024;
-// Longer than Python takes from one call on torch tensors to the next, with a core's cache cold.
-constexpr auto spin_time = std::chrono::microseconds(100);
-
-void relax() {
-#if defined(__x86_64__) || defined(_M_X64)
-  _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
-  asm volatile("yield");
-#else
-  std::this_thread::yield();
-#endif
-}
-
-// Spins until `ready()` or until spin_time is over; says which.
-template <class Ready>
-bool spin_until(Ready ready) {
-  const auto deadline = std::chrono::steady_clock::now() + spin_time;
-  do {
-    for (int i = 0; i < 32; ++i) {
-      if (ready()) return true;
-      relax();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
-  return false;
-}
-
 thread_local bool inside_job = false;
+thread_local int own_seat = 0;  // 0: no worker
 
 struct InsideJob {
   bool before = inside_job;
@@ -172,6 +144,7 @@ class Team {
 
   void loop(Worker& self) {
     inside_job = true;
+    own_seat = self.seat + 1;
     {
       std::lock_guard until_placed(mutex_);
     }
@@ -310,6 +283,8 @@ ThreadCount::ThreadCount(int threads) : before_(asked_for) {
 }
 
 ThreadCount::~ThreadCount() { asked_for = before_; }
+
+int seat_of_thread() { return own_seat; }
 
 int threads_of_job() { return asked_for > 0 ? asked_for : get_num_threads(); }
 

@@ -30,6 +30,7 @@ class ThreadCount {
 };
 
 int threads_of_job();             // what run_tasks would use
+int seat_of_thread();             // 0 for a caller; workers have the numbers from 1 on, below those of a job's threads
 int get_num_threads();            // throws std::invalid_argument for a bad FASTLVM_NUM_THREADS
 void set_num_threads(int count);  // throws std::invalid_argument unless 1 <= count <= 1024
 void shutdown_threads();          // joins the workers; later jobs run on the caller's thread

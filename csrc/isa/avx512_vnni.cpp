@@ -25,7 +25,11 @@ struct Dot {
     memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
   }
-  static Sum add(Sum sum, Weights w, __m512i x) { return _mm512_dpbusd_epi32(sum, x, w); }
+  // GCC 12 copies every sum before and after the instruction when it is written as _mm512_dpbusd_epi32.
+  static Sum add(Sum sum, Weights w, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+  }
   static Vec finish(Sum sum, const Matrix& m, int64_t output, float scale) {
     const __m512i whole = _mm512_sub_epi32(sum, _mm512_loadu_si512(m.sums + output));
     return product::scaled({_mm512_cvtepi32_ps(whole)}, m, output, scale);

@@ -158,13 +158,16 @@ void Builder::mamba_block(const MambaSource& b) {
   m.in_x = matrix(b.in_proj, 0, inner);
   m.conv_weight = columns(b.conv_weight, inner, b.width);
   m.conv_bias = vector(b.conv_bias, inner);
-  m.in_z = matrix(b.in_proj, inner, inner);
   m.x_proj = matrix(b.x_proj);
+  m.in_z = matrix(b.in_proj, inner, inner);
   m.dt_proj = matrix(b.dt_proj);
   coefficients(b, inner, m);
   m.D = vector(b.D, inner);
   m.out_proj = matrix(b.out_proj);
+  const bool follows = !levels_.back().empty() && levels_.back().back().kind == LayerKind::mamba_block;
+  auto* const before = follows ? static_cast<Holder<MambaBlock>*>(details_.back().get()) : nullptr;
   add(LayerKind::mamba_block, m, (b.width - 1 + b.state) * padded(inner));
+  if (before) before->value.next = &static_cast<Holder<MambaBlock>*>(details_.back().get())->value;
 }
 
 // A by vectors of channels, times log2(e); as float16 beside matrices that are no more exact, where it fits.

@@ -63,13 +63,14 @@ struct Norm {
 struct MambaBlock {
   int64_t dim, inner, state, width, rank;
   Norm norm;
-  Matrix in_x, in_z, x_proj, dt_proj, out_proj;  // the bias of dt_proj is that of δ
+  Matrix in_x, x_proj, in_z, dt_proj, out_proj;  // the bias of dt_proj is that of δ
   const float* conv_weight;                      // [width, inner]
   const float* conv_bias;                        // [inner]
   const float* A;                                // [inner / 16, state, 16], times log2(e), or
   const uint16_t* half_A;                        // the same as float16, where the matrices are not float32
   const float* D;                                // [inner]
   bool last;                                     // only the newest position is wanted of it
+  const MambaBlock* next;                        // where another one follows at once, else null
 };
 
 // h + block(norm(h)), Mamba-2: in_proj → convolution over (x, B, C), SiLU → SSD → norm(y silu(z)) → out_proj.

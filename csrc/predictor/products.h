@@ -8,6 +8,8 @@ namespace fastlvm {
 
 const Product* avx512_vnni_int8();
 const Product* avx512_bf16_product();
+const Product* avx512_amx_int8();
+const Product* avx512_amx_bf16();
 const Product* neon_dotprod_int8();
 
 }  // namespace fastlvm

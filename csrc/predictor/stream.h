@@ -1,6 +1,8 @@
 // What the layers of a forward pass work with: the stream, memory, products shared by the team, time.
 #pragma once
 
+#include "common/cores.h"
+#include "common/phases.h"
 #include "common/vmath.h"
 #include "predictor/network.h"
 #include "predictor/product.h"
@@ -98,18 +100,37 @@ inline const Product& product_of(const Run& run, const Matrix& m) {
 }
 
 // Rows as the products of `m` read them: the first m.inputs numbers of each, whatever the rows' own width is.
+class Prepared {
+ public:
+  Prepared(const Run& run, const Matrix& m, const Rows& x) : product_(product_of(run, m)), x_(x), inputs_(m.inputs) {
+    const int64_t stride = round_up(m.inputs, 64) * product_.element;
+    if (product_.prepare)
+      all_ = {x.count, stride, run.take<uint8_t>(x.count * stride), run.take<float>(x.count), 1};
+    else
+      all_ = {x.count, x.stride() * product_.element, reinterpret_cast<const uint8_t*>(x.data), nullptr, 0};
+  }
+
+  void prepare(int64_t begin, int64_t end) const {
+    if (product_.prepare)
+      product_.prepare(x_.row(begin), x_.stride(), end - begin, inputs_,
+                       const_cast<uint8_t*>(all_.data) + begin * all_.stride, all_.stride,
+                       const_cast<float*>(all_.scale) + begin);
+  }
+
+  const Activations& all() const { return all_; }
+
+ private:
+  const Product& product_;
+  Rows x_;
+  int64_t inputs_;
+  Activations all_;
+};
+
 inline Activations activations(const Run& run, const Matrix& m, const Rows& x) {
-  const Product& product = product_of(run, m);
-  if (!product.prepare)
-    return {x.count, x.stride() * static_cast<int64_t>(sizeof(float)), reinterpret_cast<const uint8_t*>(x.data),
-            nullptr, 0};
-  const int64_t stride = round_up(m.inputs, 64) * product.element;
-  uint8_t* const data = run.take<uint8_t>(x.count * stride);
-  float* const scale = run.take<float>(x.count);
-  ranges(x.count, 1, x.count * m.inputs > work_worth_sharing, [&](int64_t begin, int64_t end) {
-    product.prepare(x.row(begin), x.stride(), end - begin, m.inputs, data + begin * stride, stride, scale + begin);
-  });
-  return {x.count, stride, data, scale, 1};
+  const Prepared prepared(run, m, x);
+  ranges(x.count, 1, x.count * m.inputs > work_worth_sharing,
+         [&](int64_t begin, int64_t end) { prepared.prepare(begin, end); });
+  return prepared.all();
 }
 
 // The newest position of every window alone.
@@ -123,7 +144,7 @@ inline bool worth_sharing(const Matrix& m, int64_t rows) {
   return m.inputs * m.outputs * smaller(rows, 4) > work_worth_sharing;
 }
 
-constexpr int64_t grain = 4;  // blocks: the widest tile
+constexpr int64_t grain = 2;  // blocks: the widest tile
 
 // y (+)= x Wᵀ + bias, spread over the team; then(begin, end) follows for the outputs of a task.
 template <class Then>

@@ -22,28 +22,32 @@ static int failures = 0;
 
 struct Arithmetic {
   std::string isa;
-  bool extensions;
+  int level;  // of the extensions
   std::string name;
   double worst[precisions] = {};  // error of any model of a precision, as a part of what is allowed
 };
 
 static void use(const Arithmetic& arithmetic) {
   set_isa(arithmetic.isa);
-  set_extensions(arithmetic.extensions);
+  set_extension_level(arithmetic.level);
 }
 
 static std::vector<Arithmetic> every_arithmetic() {
   std::vector<Arithmetic> found;
   for (const std::string& isa : available_isas()) {
-    found.push_back({isa, false, isa});
-    use(found.back());
-    const Products plain = active_products();
-    set_extensions(true);
-    const Products extended = active_products();
-    std::string name = isa;
-    for (int i = 0; i < precisions; ++i)
-      if (plain.of[i] != extended.of[i]) name += std::string("+") + extended.of[i]->name;
-    if (name != isa) found.push_back({isa, true, name});
+    Products before{};
+    for (int level = 0; level <= extension_levels; ++level) {
+      use({isa, level, isa});
+      const Products products = active_products();
+      std::string name = isa;
+      bool differs = level == 0;
+      for (int i = 0; i < precisions; ++i) {
+        if (products.of[i]->name != isa) name += std::string("+") + products.of[i]->name;
+        differs = differs || products.of[i] != before.of[i];
+      }
+      if (differs) found.push_back({isa, level, name});
+      before = products;
+    }
   }
   return found;
 }

@@ -22,6 +22,8 @@ avx2 := -mavx2 -mfma -mf16c
 avx512 := $(avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 avx512_vnni := $(avx512) -mavx512vnni
 avx512_bf16 := $(avx512) -mavx512bf16
+amx := -mamx-tile -mamx-int8 -mamx-bf16
+avx512_amx := $(avx512) $(shell $(CXX) $(amx) -E -x c++ /dev/null >/dev/null 2>&1 && echo $(amx))
 ISAS := scalar avx2 avx512
 else ifneq ($(filter aarch64 arm64,$(shell uname -m)),)
 neon_dotprod := $(arm_neon_dotprod)
@@ -61,7 +63,7 @@ sanitize: asan tsan
 asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity $(OUT)/asan/model
 	$(OUT)/asan/threads
 	$(OUT)/asan/isa_parity 80
-	$(OUT)/asan/model 40
+	$(OUT)/asan/model 80
 
 # Where the kernel randomises more address bits than ThreadSanitizer knows of, setarch -R turns that off.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -71,7 +73,7 @@ tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity $(OUT)/tsan/model
 	  ! grep -q 'unexpected memory mapping' $(OUT)/tsan/log || echo "ThreadSanitizer cannot run with this kernel's random" \
 	  "addresses: allow setarch -R (personality) in this container, or set sysctl vm.mmap_rnd_bits=28" >&2; exit 1; }
 	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 80
-	$(FIXED_ADDRESSES) $(OUT)/tsan/model 40
+	$(FIXED_ADDRESSES) $(OUT)/tsan/model 80
 
 arm: arm-tools
 	@$(MAKE) --no-print-directory -f tests/csrc/native.mk arm-run
@@ -83,7 +85,7 @@ arm-tools:
 arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/model $(OUT)/arm/vmath_accuracy
 	$(QEMU) $(OUT)/arm/threads
 	$(QEMU) $(OUT)/arm/isa_parity 80
-	$(QEMU) $(OUT)/arm/model 40
+	$(QEMU) $(OUT)/arm/model 80
 	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
 
 fuzz: $(OUT)/asan/fuzz

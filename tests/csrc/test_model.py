@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastlvm import _C
+from predictor.natives import PRODUCTS, ROUNDING, pinned
 
 PRECISIONS = ("fp32", "bf16", "int8")
 INPUTS = (1, 3, 7, 16, 33, 256, 1537)
@@ -19,30 +20,11 @@ OUTPUTS = (1, 4, 15, 16, 17, 70)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 70)
 
 
-def _product_sets():
-    """Every instruction set, and again with its extensions where it has any."""
-    before, found = _C.isa(), []
-    for name in _C.isas():
-        _C.set_isa(name)
-        alone, extended = (_C.set_extensions(wanted) or _C.products() for wanted in (False, True))
-        found += [(name, False)] + [(name, True)] * (alone != extended)
-    _C.set_isa(before)
-    return found
-
-
-PRODUCT_SETS = _product_sets()
-
-
-@pytest.fixture(params=PRODUCT_SETS, ids=[f"{isa}-extended" if more else isa for isa, more in PRODUCT_SETS])
+@pytest.fixture(params=PRODUCTS, ids=str)
 def products(request):
     """What each precision is multiplied with, pinned while the test runs."""
-    before = _C.isa()
-    isa, extensions = request.param
-    _C.set_isa(isa)
-    _C.set_extensions(extensions)
-    yield _C.products()
-    _C.set_isa(before)
-    _C.set_extensions(True)
+    with pinned(request.param) as names:
+        yield names
 
 
 @pytest.fixture
@@ -114,7 +96,7 @@ def test_linear_is_the_matrix_product(precision, inputs, outputs, with_bias, pro
     for rows in ROWS:
         x = normal(rows, inputs)
         found = linear(x, given, bias=bias if with_bias else None)
-        if precision == "bf16" and products["bf16"].endswith("_bf16"):  # it rounds the activations as well
+        if precision == "bf16" and products["bf16"] in ROUNDING:
             x = to_bf16(x)[1]
         wanted = x.astype(np.float64) @ weight.T.astype(np.float64) + with_bias * bias
         bound = 5e-7 * (np.abs(x) @ np.abs(weight.T) + with_bias * np.abs(bias))
@@ -531,7 +513,7 @@ def test_branches_within_branches():
 
 BOTTOMLESS = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {here!r} + '/..']
 import test_model as t
 layers = []
 layers.append(("residual", {{"layers": layers}}))
@@ -633,7 +615,7 @@ def test_a_model_may_go_while_another_thread_runs_it():
 
 FORK = """
 import os, sys, threading
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {here!r} + '/..']
 import test_model as t
 t._C.set_num_threads(2)
 model, context = t.network("int8"), t.normal(3, 5, 420)

@@ -1,6 +1,6 @@
-// The thread team on its own, for a run under ThreadSanitizer:
-//   g++ -std=c++20 -O1 -g -fsanitize=thread -Icsrc tests/csrc/threads.cpp csrc/common/{threads,cores}.cpp -pthread &&
-//   ./a.out
+// The thread team and the phases of its jobs on their own, for a run under ThreadSanitizer:
+//   g++ -std=c++20 -O1 -g -fsanitize=thread -Icsrc tests/csrc/threads.cpp csrc/common/{threads,phases,cores,memory}.cpp
+//   -pthread && ./a.out
 #include "common/threads.h"
 
 #include <atomic>
@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "common/cores.h"
+#include "common/memory.h"
+#include "common/phases.h"
 
 using namespace fastlvm;
 
@@ -34,6 +36,45 @@ void run_once_each(int64_t count) {
   std::vector<int> hits(static_cast<size_t>(count));
   run(count, [&](int64_t i) { ++hits[static_cast<size_t>(i)]; });
   for (const int hit : hits) expect(hit == 1, "each task runs once");
+}
+
+// Every part of every phase runs once, sees all that the phase before it wrote, and is seen by the caller. `tired`
+// milliseconds pass in one part of each phase.
+void run_phases(int seats, const std::vector<int64_t>& parts, int tired = 0) {
+  const int phases = static_cast<int>(parts.size());
+  void* const memory = aligned_allocate(Phases::bytes(phases, seats));
+  Phases job(memory, seats, parts.data(), phases);
+  std::vector<std::vector<int>> hits;
+  for (const int64_t count : parts) hits.emplace_back(static_cast<size_t>(count));
+  run(seats, [&](int64_t) {
+    for (int phase = 0; phase < phases; ++phase) {
+      int64_t done = 0;
+      for (int64_t part; (part = job.claim(phase, seat_of_thread() % seats)) >= 0; ++done) {
+        if (phase > 0)
+          for (const int hit : hits[static_cast<size_t>(phase - 1)]) expect(hit == 1, "a phase follows the one before");
+        ++hits[static_cast<size_t>(phase)][static_cast<size_t>(part)];
+        if (tired && part == parts[static_cast<size_t>(phase)] / 2)
+          std::this_thread::sleep_for(std::chrono::milliseconds(tired));
+      }
+      job.finish(phase, done);
+    }
+  });
+  for (const auto& phase : hits)
+    for (const int hit : phase) expect(hit == 1, "each part runs once");
+  aligned_release(memory);
+}
+
+// A thread has the parts of its own seat first, in order, and then those that the others have left.
+void own_parts_come_first() {
+  constexpr int seats = 3;
+  void* const memory = aligned_allocate(Phases::bytes(1, seats));
+  const int64_t parts[] = {8};  // 0 1 | 2 3 4 | 5 6 7
+  Phases job(memory, seats, parts, 1);
+  expect(job.claim(0, 2) == 5, "a seat begins with its first part");
+  for (const int64_t part : {2, 3, 4, 6, 7, 0, 1}) expect(job.claim(0, 1) == part, "own parts, then those left by others");
+  for (int seat = 0; seat < seats; ++seat) expect(job.claim(0, seat) == -1, "nothing is left");
+  job.finish(0, 8);  // returns at once
+  aligned_release(memory);
 }
 
 #if defined(__linux__)
@@ -109,6 +150,7 @@ int main() {
   wakes_where_it_is_told(-1);
   wakes_where_it_is_told(current_core());
 #endif
+  own_parts_come_first();
   set_num_threads(4);
   for (int i = 0; i < 2000; ++i) run_once_each(i % 37);
   for (int i = 0; i < 20; ++i) {  // from the workers' sleep
@@ -129,6 +171,9 @@ int main() {
     run_once_each(9);
   }
 
+  for (int i = 0; i < 500; ++i) run_phases(1 + i % 5, {i % 11, 0, 1 + i % 7, 16});
+  for (int i = 0; i < 10; ++i) run_phases(4, {8, 4, 9}, 1);  // longer than anybody spins
+
   std::atomic<int> inner{0};
   run(6, [&](int64_t) { run(5, [&](int64_t) { ++inner; }); });
   expect(inner == 30, "a task may start tasks");
@@ -138,6 +183,7 @@ int main() {
     callers.emplace_back([c] {
       for (int i = 0; i < 300; ++i) {
         run_once_each(20);
+        run_phases(3, {7, 5, 3});
         if (c == 0 && i % 50 == 0) set_num_threads(2 + i / 50 % 3);
       }
     });

@@ -20,10 +20,10 @@ from fastlvm.predictor.pack import pack
 
 class Products(NamedTuple):
     isa: str
-    extensions: bool
+    level: int
 
     def __str__(self):
-        return f"{self.isa}-extended" if self.extensions else self.isa
+        return f"{self.isa}-extended-{self.level}" if self.level else self.isa
 
 
 @contextlib.contextmanager
@@ -32,24 +32,28 @@ def pinned(products):
     before = _C.isa()
     try:
         _C.set_isa(products.isa)
-        _C.set_extensions(products.extensions)
+        _C.set_extension_level(products.level)
         yield _C.products()
     finally:
         _C.set_isa(before)
-        _C.set_extensions(True)
+        _C.set_extension_level(_C.EXTENSION_LEVELS)
 
 
 def _every_products():
-    """Every instruction set, and again with its extensions where it has any."""
+    """Every instruction set, and again with its extensions, level by level, as far as it has any."""
     found = []
     for isa in _C.isas():
-        alone, extended = Products(isa, False), Products(isa, True)
-        with pinned(alone) as first, pinned(extended) as second:
-            found += [alone] if first == second else [alone, extended]
+        before = None
+        for level in range(_C.EXTENSION_LEVELS + 1):
+            with pinned(Products(isa, level)) as names:
+                if names != before:
+                    found.append(Products(isa, level))
+                before = names
     return found
 
 
 PRODUCTS = _every_products()
+ROUNDING = ("avx512_bf16", "avx512_amx")  # products of bfloat16 that round the activations as well
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import fastlvm
-from fastlvm import _C
 from fastlvm.data import Payload, Windows
 from fastlvm.predictor.export import AGREEMENT, describe
 from fastlvm.predictor.forward import Forward, Plan
 from fastlvm.predictor.pack import PRECISIONS, pack
 from fastlvm.retrieval import Index
 
+from .natives import PRODUCTS, pinned
 from .sample import torch_predict
 
 TRAINING = {
@@ -84,15 +84,8 @@ def test_seed_size_on_every_instruction_set(seed_size, precision):
     plan, weights, context, wanted = seed_size
     forward = Forward(plan, pack(plan, weights, precision))
     mean, least = AGREEMENT[precision]
-    before = _C.isa()
-    try:
-        for isa in _C.isas():
-            n = 2 if isa == "scalar" else len(context)
-            for extensions in (True, False):
-                _C.set_isa(isa)
-                _C.set_extensions(extensions)
-                cosine = (forward(context[:n]) * wanted[:n]).sum(axis=1)
-                assert cosine.mean() >= mean and cosine.min() >= least, (isa, _C.products()[precision])
-    finally:
-        _C.set_isa(before)
-        _C.set_extensions(True)
+    for products in PRODUCTS:
+        n = 2 if products.isa == "scalar" else len(context)
+        with pinned(products) as names:
+            cosine = (forward(context[:n]) * wanted[:n]).sum(axis=1)
+        assert cosine.mean() >= mean and cosine.min() >= least, (str(products), names[precision])
