@@ -277,6 +277,7 @@ void set_num_threads(int count) {
 ThreadCount::ThreadCount(int threads) : before_(asked_for) {
   if (threads == 0) return;
   asked_for = threads < max_threads ? threads : max_threads;
+  if (asked_for <= chosen_threads.load()) return;  // the team has them
   int most = most_asked_for.load();
   while (most < asked_for && !most_asked_for.compare_exchange_weak(most, asked_for)) {
   }

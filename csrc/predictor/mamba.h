@@ -273,6 +273,7 @@ class Mamba {
   }
 
   void operator()() {
+    const ThreadCount of_job(seats_);  // though set_num_threads was called since: no two threads have one seat
     parallel(seats_, seats_ > 1, [&](int64_t) { work(seat_of_thread() % seats_); });
   }
 

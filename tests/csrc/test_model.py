@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -513,6 +515,7 @@ def test_branches_within_branches():
 
 BOTTOMLESS = """
 import sys
+import threading
 sys.path[:0] = [{here!r}, {here!r} + '/..']
 import test_model as t
 layers = []
@@ -601,6 +604,26 @@ def test_several_python_threads_at_once(precision, threads):
         for _ in range(5):
             got = list(pool.map(lambda context: run(model, context), contexts * 2))
             assert all(np.array_equal(g, w) for g, w in zip(got, want * 2, strict=True))
+
+
+def test_the_number_of_threads_may_change_while_another_thread_runs_a_model(threads):
+    # Longer than short, so that the scan has memory of its own for every thread.
+    layers = [*[mamba_block("fp32", 128, 512) for _ in range(6)], ("last", {})]
+    model, context = _C.Model(12, 128, layers), normal(1, 12, 128)
+    want, done = run(model, context).tobytes(), threading.Event()
+
+    def change():
+        for count in itertools.cycle((1, 2, 3, 4)):
+            _C.set_num_threads(count)
+            if done.is_set():
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        wrong = sum(run(model, context).tobytes() != want for _ in range(100))
+        done.set()
+        changing.result()
+    assert wrong == 0
 
 
 def test_a_model_may_go_while_another_thread_runs_it():
