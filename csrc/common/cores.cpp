@@ -9,10 +9,6 @@
 
 #if defined(_WIN32)
 #include <windows.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#elif defined(__linux__)
-#include <unistd.h>
 #endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
@@ -149,20 +145,6 @@ int available_cores() {
   int cores = static_cast<int>(std::thread::hardware_concurrency());
 #endif
   return cores < 1 ? 1 : cores;
-}
-
-int64_t second_cache() {
-  static const int64_t found = [] {
-    int64_t bytes = 0;
-#if defined(__APPLE__)
-    size_t size = sizeof bytes;
-    if (sysctlbyname("hw.l2cachesize", &bytes, &size, nullptr, 0) != 0) bytes = 0;
-#elif defined(_SC_LEVEL2_CACHE_SIZE)
-    bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return bytes > 0 ? bytes : int64_t{1} << 19;
-  }();
-  return found;
 }
 
 }  // namespace fastlvm

@@ -1,7 +1,6 @@
 // The cores that the process may use, and on which of them a thread wakes.
 #pragma once
 
-#include <cstdint>
 #include <thread>
 
 #if defined(__linux__)
@@ -11,9 +10,8 @@
 
 namespace fastlvm {
 
-int available_cores();   // the affinity mask, cut to the cgroup's cpu quota
-int64_t second_cache();  // bytes of a core's second cache; a guess where the system does not say
-int current_core();      // that the caller runs on; -1 where the system does not say
+int available_cores();  // the affinity mask, cut to the cgroup's cpu quota
+int current_core();     // that the caller runs on; -1 where the system does not say
 
 struct CoreSet {
 #if defined(__linux__)

@@ -66,8 +66,16 @@ Level processor_level() {
 
 bool runs_avx2() { return processor_level() >= Level::avx2; }
 bool runs_avx512() { return processor_level() >= Level::avx512; }
-bool has_vnni() { return runs_avx512() && (cpuid(7, 0)[2] >> 11 & 1) != 0; }
-bool has_bf16() { return runs_avx512() && cpuid(7, 0)[0] >= 1 && (cpuid(7, 1)[0] >> 5 & 1) != 0; }
+
+bool has_vnni() {
+  static const bool found = runs_avx512() && (cpuid(7, 0)[2] >> 11 & 1) != 0;
+  return found;
+}
+
+bool has_bf16() {
+  static const bool found = runs_avx512() && cpuid(7, 0)[0] >= 1 && (cpuid(7, 1)[0] >> 5 & 1) != 0;
+  return found;
+}
 
 // AMX of int8 and bfloat16. Linux gives a process the registers when it asks for them, which it does here.
 bool has_amx() {
@@ -75,8 +83,10 @@ bool has_amx() {
   constexpr uint32_t wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
   constexpr uint64_t saved = 1u << 17 | 1u << 18;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-  return has_vnni() && has_bf16() && (cpuid(7, 0)[3] & wanted) == wanted && (saved_state() & saved) == saved &&
-         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  static const bool found = has_vnni() && has_bf16() && (cpuid(7, 0)[3] & wanted) == wanted &&
+                            (saved_state() & saved) == saved &&
+                            syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return found;
 #else
   return false;
 #endif
@@ -119,43 +129,27 @@ struct Extension {
   const Kernels* base;
   Precision precision;
   int level;
-  const Product* product;
+  const Product* (*product)();  // null where it was not compiled; called only where it runs
   bool (*runs)();
 };
 
 // Lower levels first.
 std::array<Extension, 5> all_extensions() {
-  return {{{avx512_kernels(), Precision::int8, 1, avx512_vnni_int8(), has_vnni},
-           {avx512_kernels(), Precision::bf16, 1, avx512_bf16_product(), has_bf16},
-           {neon_kernels(), Precision::int8, 1, neon_dotprod_int8(), has_dotprod},
-           {avx512_kernels(), Precision::int8, 2, avx512_amx_int8(), has_amx},
-           {avx512_kernels(), Precision::bf16, 2, avx512_amx_bf16(), has_amx}}};
+  return {{{avx512_kernels(), Precision::int8, 1, avx512_vnni_int8, has_vnni},
+           {avx512_kernels(), Precision::bf16, 1, avx512_bf16_product, has_bf16},
+           {neon_kernels(), Precision::int8, 1, neon_dotprod_int8, has_dotprod},
+           {avx512_kernels(), Precision::int8, 2, avx512_amx_int8, has_amx},
+           {avx512_kernels(), Precision::bf16, 2, avx512_amx_bf16, has_amx}}};
 }
 
-// The products of every instruction set, with its extensions up to each level.
-struct Extended {
-  const Kernels* base;
-  Products products[extension_levels + 1];
-};
-
-const Extended& extended(const Kernels& base) {
-  static const auto all = [] {
-    std::array<Extended, 4> found{};
-    const auto isas = all_isas();
-    for (size_t i = 0; i < isas.size(); ++i) {
-      if (!isas[i].kernels) continue;
-      found[i].base = isas[i].kernels;
-      for (Products& products : found[i].products) products = isas[i].kernels->products;
-      for (const Extension& extension : all_extensions())
-        if (extension.base == found[i].base && extension.product && extension.runs())
-          for (int level = extension.level; level <= extension_levels; ++level)
-            found[i].products[level].of[static_cast<int>(extension.precision)] = extension.product;
-    }
-    return found;
-  }();
-  for (const Extended& one : all)
-    if (one.base == &base) return one;
-  throw std::logic_error("no such instruction set");
+// What an instruction set has up to a level. Nothing is asked of the system before somebody wants it.
+Products extended(const Kernels& base, int level) {
+  Products found = base.products;
+  for (const Extension& extension : all_extensions()) {
+    if (extension.base != &base || extension.level > level || !extension.runs()) continue;
+    if (const Product* product = extension.product()) found.of[static_cast<int>(extension.precision)] = product;
+  }
+  return found;
 }
 
 std::atomic<int> level_wanted{extension_levels};
@@ -211,7 +205,7 @@ const Kernels& active_kernels() {
   return *kernels;
 }
 
-Products active_products() { return extended(active_kernels()).products[level_wanted.load()]; }
+Products active_products() { return extended(active_kernels(), level_wanted.load()); }
 
 void set_extension_level(int level) {
   if (level < 0 || level > extension_levels)

@@ -14,7 +14,7 @@ struct alignas(64) Phases::Counter {
 
 struct alignas(64) Phases::Phase {
   int64_t parts;
-  std::atomic<int32_t> done{0};
+  std::atomic<int64_t> done{0};
 };
 
 size_t Phases::bytes(int phases, int seats) {
@@ -43,13 +43,11 @@ int64_t Phases::claim(int phase, int seat) {
 }
 
 void Phases::finish(int phase, int64_t done) {
-  std::atomic<int32_t>& all = phases_[phase].done;
-  const auto parts = static_cast<int32_t>(phases_[phase].parts);
-  if (done > 0 && all.fetch_add(static_cast<int32_t>(done), std::memory_order_acq_rel) + done == parts)
-    return all.notify_all();
-  const auto over = [&] { return all.load(std::memory_order_acquire) == parts; };
+  std::atomic<int64_t>& all = phases_[phase].done;
+  if (done > 0) all.fetch_add(done, std::memory_order_acq_rel);
+  const auto over = [&] { return all.load(std::memory_order_acquire) == phases_[phase].parts; };
   if (spin_until(over)) return;
-  for (int32_t seen; (seen = all.load(std::memory_order_acquire)) != parts;) all.wait(seen, std::memory_order_acquire);
+  while (!over()) std::this_thread::sleep_for(std::chrono::microseconds(20));
 }
 
 }  // namespace fastlvm

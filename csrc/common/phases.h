@@ -3,7 +3,7 @@
 //
 // Every seat has parts of its own and takes them in order, so that a thread finds in its cache what it read or wrote
 // there before; then it takes what others have not begun, so that one whom the system does not run holds nobody up for
-// longer than the part it is at. Who waits spins for some 100 µs and then sleeps. Parts must not throw.
+// longer than the part it is at. Who waits spins for some 100 µs and then looks between naps. Parts must not throw.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,6 @@ class Phases {
   Phases(const Phases&) = delete;
   Phases& operator=(const Phases&) = delete;
 
-  int seats() const { return seats_; }
   int64_t parts(int phase) const;
 
   // A part of the phase for a thread in `seat`, which nobody else gets; -1 if none is left.

@@ -2,7 +2,7 @@
 //
 // A block of packed weights is what the instructions want: 16 groups of inputs are a tile of 16 rows of 64 bytes. Sums
 // are those of avx512_vnni.cpp bit for bit, and near those of avx512_bf16.cpp, which prepare the activations and
-// multiply where there are too few inputs for a tile.
+// multiply where there are few inputs.
 #include "predictor/products.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
@@ -15,6 +15,7 @@ namespace avx512_amx::product {
 namespace {
 
 constexpr int64_t tile_rows = 16, tile_groups = 16, tile_bytes = 64;  // of a row
+constexpr int64_t least_groups = 64;                                  // of inputs that are worth setting the tiles up
 
 // Tiles 0 … 3 are sums of 2 tiles of rows × 2 blocks, 4 activations, 5 weights, 6 and 7 the same of the last groups.
 class Tiles {
@@ -31,6 +32,7 @@ class Tiles {
     for (int tile = 0; tile < 5; ++tile) set(tile, rows, tile_bytes);
     set(5, tile_groups, tile_bytes);
     if (last_groups > 0) set(6, rows, last_groups * 4), set(7, last_groups, tile_bytes);
+    asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes the instruction to read 8 of the 64 bytes
     _tile_loadconfig(&config);
   }
   Tiles(const Tiles&) = delete;
@@ -43,8 +45,8 @@ struct Int8 {
   static constexpr bool whole = true;
   static const Product* vectors() { return avx512_vnni_int8(); }
   static Vec finish(const int32_t* sums, const Matrix& m, int64_t output, float scale) {
-    const __m512i whole = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(m.sums + output));
-    return product::scaled({_mm512_cvtepi32_ps(whole)}, m, output, scale);
+    const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(m.sums + output));
+    return product::scaled({_mm512_cvtepi32_ps(sum)}, m, output, scale);
   }
 };
 
@@ -143,7 +145,7 @@ inline void multiply(const Matrix& m, const Activations& a, int64_t row, int64_t
 template <class Dot>
 void multiply(const Matrix& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride, bool add) {
   const int64_t groups = groups_of(m);
-  if (groups < tile_groups) return Dot::vectors()->multiply(m, a, begin, end, y, stride, add);
+  if (groups < least_groups) return Dot::vectors()->multiply(m, a, begin, end, y, stride, add);
   const Output out = {y, stride, add};
   // Whole tiles of rows, then the rest, whose tiles are lower.
   const int64_t whole = a.rows / tile_rows * tile_rows;

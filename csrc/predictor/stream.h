@@ -1,7 +1,6 @@
 // What the layers of a forward pass work with: the stream, memory, products shared by the team, time.
 #pragma once
 
-#include "common/cores.h"
 #include "common/phases.h"
 #include "common/vmath.h"
 #include "predictor/network.h"
