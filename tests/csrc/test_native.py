@@ -216,7 +216,8 @@ def test_the_thread_team_alone(tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "threads"
-    sources = [ROOT / "tests/csrc/threads.cpp", ROOT / "csrc/common/threads.cpp", ROOT / "csrc/common/cores.cpp"]
+    common = (ROOT / "csrc/common" / f"{name}.cpp" for name in ("threads", "phases", "cores", "memory"))
+    sources = [ROOT / "tests/csrc/threads.cpp", *common]
     flags = ["-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", "-pthread"]
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     assert subprocess.run([program], capture_output=True, text=True, timeout=60, check=True).stdout == "ok\n"
