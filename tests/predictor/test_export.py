@@ -56,6 +56,13 @@ def test_export_and_load_keep_the_model(tmp_path, payload, index, contexts, resi
     assert np.abs(predictor.predict(raw[0]) - wanted[0]).max() <= 1e-5
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are those of POSIX")
+def test_whoever_may_read_the_config_may_read_the_weights(artifact):
+    assert {path.stat().st_mode for path in artifact.rglob("*") if path.is_file()} == {
+        (artifact / "config.json").stat().st_mode
+    }
+
+
 def test_a_run_with_its_index(tmp_path, run, run_index, payload, windows, contexts):
     run_index.save(tmp_path / "index")
     for name, index in (("object", run_index), ("folder", tmp_path / "index"), ("text", str(tmp_path / "index"))):

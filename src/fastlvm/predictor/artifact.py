@@ -192,7 +192,10 @@ def _write_weights(file: Path, weights: Mapping[str, np.ndarray]) -> None:
         )
         for name, array in kept.items()
     }
-    serialize_file(specs, str(file))
+    file.touch()
+    mode = file.stat().st_mode
+    serialize_file(specs, str(file))  # in a file of its own, which nobody but its owner may read
+    file.chmod(mode)
 
 
 def _read_golden(file: Path, plan: Plan) -> Golden:
