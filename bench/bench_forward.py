@@ -32,6 +32,8 @@ from forward_cases import (
     DIM,
     PRECISIONS,
     RIVAL_COSINE,
+    TIMED_CALLS,
+    WARM_CALLS,
     contexts,
     model,
     name_of,
@@ -41,12 +43,10 @@ from forward_results import COMPUTE, stream_of
 from hog import hogs
 from paired import Contender, measure, pin
 
-ROUNDS = 3  # paired rounds for one of --bench-rounds
 BATCH_ROUNDS = 3  # of --bench-rounds for one of the batches
 CALLS = 70  # consecutive calls for one of --bench-rounds
 WARM = 0.05  # of those, made before and not timed
 BUSY_SECONDS, LEAST_BUSY = 20, 50  # calls on a busy machine: what fits, but as many at least
-PASSES = 4  # over the bytes of the bound, in one call
 
 Call = Callable[[], np.ndarray]
 
@@ -116,12 +116,10 @@ def test_rounds(benchmark, setting, threads, plan, forward_results, tmp_path):
     rivals = _rivals(forward_rivals.Source(setting.module, contexts(1), tmp_path), setting, threads, forward_results)
     *others, lead = own
     try:
-        measure(benchmark, lead, [*others, *bounds, *rivals], paired.Plan(ROUNDS * plan.rounds, plan.patience))
+        rounds = paired.Plan(plan.rounds, plan.patience, warm=WARM_CALLS, burst=TIMED_CALLS)
+        measure(benchmark, lead, [*others, *bounds, *rivals], rounds)
     finally:
         library.close()
-    for one in bounds:
-        if one.name != COMPUTE:
-            one.seconds = [seconds / PASSES for seconds in one.seconds]
     forward_results.add_rounds([*own, *bounds, *rivals])
 
 
@@ -130,7 +128,7 @@ def _bounds(library: bound.Bound, setting: Setting, threads: list[int], results:
     loops: dict[str, Callable[[], None]] = {COMPUTE: lambda: library.compute(work)}
     for precision in setting.ours:
         size = results.bytes[precision]
-        loops[stream_of(precision)] = lambda size=size: library.read(size, PASSES)
+        loops[stream_of(precision)] = lambda size=size: library.read(size)
     made = []
     for name, loop in loops.items():
         for n in threads:

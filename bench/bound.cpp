@@ -129,7 +129,6 @@ struct Read {
   int64_t tasks;
   const float* in;
   int64_t count;
-  int passes;
 };
 
 // A contiguous share, from two places at a time: the processor's own prefetcher follows both.
@@ -141,10 +140,9 @@ void read_task(void* context, int64_t index) {
   Vec sums[places][vectors];
   for (auto& place : sums)
     for (auto& sum : place) sum = Vec::zero();
-  for (int pass = 0; pass < r.passes; ++pass)
-    for (int64_t i = 0; i < half; i += vectors * Vec::width)
-      for (int p = 0; p < places; ++p)
-        for (int k = 0; k < vectors; ++k) sums[p][k] = sums[p][k] + Vec::load(in + p * half + i + k * Vec::width);
+  for (int64_t i = 0; i < half; i += vectors * Vec::width)
+    for (int p = 0; p < places; ++p)
+      for (int k = 0; k < vectors; ++k) sums[p][k] = sums[p][k] + Vec::load(in + p * half + i + k * Vec::width);
   Vec all = Vec::zero();
   for (const auto& place : sums)
     for (const auto& sum : place) all = all + sum;
@@ -176,8 +174,8 @@ EXPORTED void bound_stream(const float* in, int64_t read, float* out, int64_t wr
   run_tasks(tasks, stream_task, &context);
 }
 
-// Every thread reads its share of `count` values `passes` times.
-EXPORTED void bound_read(const float* in, int64_t count, int passes) {
-  Read context = {get_num_threads(), in, count, passes};
+// Every thread reads its share of `count` values.
+EXPORTED void bound_read(const float* in, int64_t count) {
+  Read context = {get_num_threads(), in, count};
   run_tasks(context.tasks, read_task, &context);
 }

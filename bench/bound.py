@@ -78,7 +78,7 @@ class Bound:
             "bound_threads": [ctypes.c_int],
             "bound_compute": [ctypes.c_int64] * 6,
             "bound_stream": [ctypes.c_void_p, ctypes.c_int64] * 2,
-            "bound_read": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int],
+            "bound_read": [ctypes.c_void_p, ctypes.c_int64],
         }.items():
             getattr(self._library, name).argtypes = kinds
             getattr(self._library, name).restype = None
@@ -97,12 +97,12 @@ class Bound:
         source, target = self._arrays[work]
         self._library.bound_stream(source.ctypes.data, work.read, target.ctypes.data, work.written)
 
-    def read(self, size: int, passes: int) -> None:
-        """Read an array of `size` bytes that many times, on huge pages where the system gives them."""
+    def read(self, size: int) -> None:
+        """Read an array of `size` bytes once, on huge pages where the system gives them."""
         if size not in self._large:
             self._large[size] = _on_huge_pages(size)
         array = self._large[size]
-        self._library.bound_read(array.ctypes.data, array.size, passes)
+        self._library.bound_read(array.ctypes.data, array.size)
 
     def close(self) -> None:
         self._large.clear()

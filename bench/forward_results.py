@@ -9,7 +9,7 @@ import numpy as np
 
 import forward_models
 import forward_rivals
-from forward_cases import BATCHES, CONTEXT, DIM, OURS, PRECISIONS, name_of
+from forward_cases import BATCHES, CONTEXT, DIM, OURS, PRECISIONS, TIMED_CALLS, WARM_CALLS, name_of
 from paired import Contender, Plan
 from results import Record, figures
 
@@ -18,7 +18,7 @@ TIMED = {
     OURS: "fastlvm.predictor.forward.Forward on a numpy array of one context, matrices packed in the named precision",
     **{rival.name: rival.timed for rival in forward_rivals.RIVALS},
     COMPUTE: "compute() of bench/bound.cpp: the exp and multiply-adds of all scans, softplus and SiLU, on registers",
-    "bound: stream": "read() of bench/bound.cpp: as many bytes as the packed weights, on huge pages, a pass of four",
+    "bound: stream": "read() of bench/bound.cpp: as many bytes as the packed weights, on huge pages",
 }
 
 
@@ -47,7 +47,10 @@ class ForwardResults(Record):
         return bool(self.rounds or self.calls or self.hogged or self.batches or self.others)
 
     def add_rounds(self, contenders: Sequence[Contender]) -> None:
-        self.rounds += [{"name": one.name, **figures(one)} for one in contenders if one.seconds]
+        for one in contenders:
+            if one.seconds:
+                first = float(np.median(one.first)) * 1e3 if one.first else None
+                self.rounds.append({"name": one.name, **figures(one), "first_ms": first})
 
     def add_calls(self, precision: str, threads: int, seconds: Sequence[float]) -> None:
         self.calls.append({"name": name_of(precision), "threads": threads, **_percentiles(seconds)})
@@ -83,6 +86,7 @@ class ForwardResults(Record):
             **self.surroundings(forward_rivals.PACKAGES),
             "model": {"name": "mamba-s", "context": CONTEXT, "dim": DIM, "parameters": self.parameters},
             "timed": TIMED,
+            "round": {"warm": WARM_CALLS, "timed": TIMED_CALLS},
             "bytes": self.bytes,
             "cosines": self.cosines,
             "reasons": self.reasons,

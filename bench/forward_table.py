@@ -140,12 +140,13 @@ def markdown(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     model = data["model"]
     sizes = f"{model['name']} of {model['parameters'] / 1e6:.1f} M weights, one context of {model['context']} × "
-    heads = [f"{count(n)}{what}" for n in run.threads for what in (", ms", ", rounds")]
+    heads = [f"{count(n)}{what}" for n in run.threads for what in (", ms", ", first", ", calls")]
     parts = [
         f"{data['machine']}; {data['isa']}; {data['date']}. {versions}.{load}",
         f"{sizes}{model['dim']} a call." if model["parameters"] else "",  # 0 when it was not run
         section("Targets", ("precision", "threads", "target", "measured", ""), _targets(run)),
         section("Medians of paired rounds", ("", *heads, "cosine: least", "mean"), _rounds(run)),
+        _turn(run),
         section("Not timed", ("", "why"), data["reasons"].items()),
         section("Timed otherwise than said below", ("", "how"), data["notes"].items()),
         section(
@@ -187,13 +188,28 @@ def _rounds(run: ForwardRun) -> Iterable[Sequence[str]]:
     for name in NAMES:
         found = [run.rounds.get((name, n)) for n in run.threads]
         if any(found):
-            cells = [cell for row in found for cell in _pair(row)]
+            cells = [cell for row in found for cell in _three(row)]
             near = run.data["cosines"].get(name)
             yield name, *cells, *((f"{cosine:.7f}" for cosine in near) if near else ("–", "–"))
 
 
-def _pair(row: dict[str, Any] | None) -> tuple[str, str]:
-    return ("–", "–") if row is None else (figure(row["median_ms"]), str(row["rounds"]))
+def _turn(run: ForwardRun) -> str:
+    """How a round goes; older runs do not say."""
+    calls = run.data.get("round")
+    if not run.rounds or not calls:
+        return ""
+    return (
+        f"In a round everybody in turn makes {calls['warm']} calls and then {calls['timed']} that are timed, or only these "
+        "where one takes 50 ms. first: milliseconds of a round's first call, before which the others have filled the "
+        "caches."
+    )
+
+
+def _three(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    if row is None:
+        return "–", "–", "–"
+    first = row.get("first_ms")
+    return figure(row["median_ms"]), "–" if first is None else figure(first), str(row["rounds"])
 
 
 def _calls(run: ForwardRun) -> Iterable[Sequence[str]]:

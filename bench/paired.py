@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from fastlvm import _C
 
 # After a call, while the threads of whoever made it still spin.
 _SETTLE = 0.01
-# Untimed calls before a timed one of less than _LONG: they wake the threads, raise the clock and warm the caches.
+# Untimed calls before a timed one of less than _LONG take _WARM at least: they wake the threads and raise the clock.
 _WARM, _LONG = 0.005, 0.05
 
 
@@ -24,12 +25,15 @@ class Plan:
     """How many rounds a contender gets, by what one of its calls takes.
 
     rounds for calls below a second, four times as many below 5 ms; for longer ones what fits into `patience` seconds,
-    but one at least, and `least` where a target hangs on it.
+    but one at least, and `least` where a target hangs on it. In a round a contender makes `warm` calls at least, which
+    are not timed (none where a call is long), and then `burst` timed ones.
     """
 
     rounds: int = 30
     patience: float = 10.0
     least: int = 3
+    warm: int = 1
+    burst: int = 1
 
     def of(self, seconds: float, decisive: bool) -> int:
         if seconds < 0.005:
@@ -50,17 +54,19 @@ class Contender:
     expected: float = 0.0
     decisive: bool = False  # a target hangs on it
     seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # seconds of the call after everybody else's, of every round
 
-    def pin(self) -> None:
+    def pin(self, warm: int = 1) -> None:
         """Give torch and the kernels this contender's threads and instruction set, and let the caches warm up."""
         pin(self.threads, self.isa)
         time.sleep(_SETTLE)
         if self.expected < _LONG:
             start = time.perf_counter()
-            while True:
-                self.call()
-                if time.perf_counter() - start > _WARM:
+            self.first.append(self._timed())
+            for done in itertools.count(1):
+                if done >= warm and time.perf_counter() - start > _WARM:
                     return
+                self.call()
 
     def trial(self) -> Any:
         """One call for its result, which also says what to expect of the next one."""
@@ -70,12 +76,17 @@ class Contender:
         self.expected = time.perf_counter() - start
         return result
 
-    def time(self) -> None:
-        self.pin()
+    def time(self, plan: Plan) -> None:
+        """A round."""
+        self.pin(plan.warm)
+        self.seconds += [self._timed() for _ in range(plan.burst)]
+
+    def _timed(self) -> float:
         start = time.perf_counter()
         result = self.call()
-        self.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         del result
+        return seconds
 
 
 def pin(threads: int, isa: str) -> None:
@@ -91,20 +102,23 @@ def measure(benchmark: Any, lead: Contender, others: Sequence[Contender], plan: 
     """
     counts = [plan.of(other.expected, other.decisive) for other in others]
     total = max([plan.of(lead.expected, True), *counts])
-    done = 0
+    calls = 0  # of the lead
 
     def others_first() -> None:
-        nonlocal done
+        nonlocal calls
+        done, within = divmod(calls, plan.burst)
+        calls += 1
+        if within:
+            return
         for other, count in zip(others, counts, strict=True):
             if (done + 1) * count // total > done * count // total:
-                other.time()
-        done += 1
-        lead.pin()
+                other.time(plan)
+        lead.pin(plan.warm)
 
     collecting = gc.isenabled()
     gc.disable()
     try:
-        benchmark.pedantic(lead.call, setup=others_first, rounds=total)
+        benchmark.pedantic(lead.call, setup=others_first, rounds=plan.burst * total)
     finally:
         if collecting:
             gc.enable()

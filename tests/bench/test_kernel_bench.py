@@ -78,6 +78,19 @@ def test_contenders_take_turns_and_slow_ones_are_spread_over_the_run():
     assert (len(quick.seconds), len(slow.seconds)) == (6, 3)
 
 
+def test_a_round_is_untimed_calls_and_then_timed_ones_unless_they_are_long(monkeypatch):
+    order = []
+    monkeypatch.setattr(paired, "_SETTLE", 0)
+    monkeypatch.setattr(paired, "_WARM", 0)
+    lead, quick, slow = (
+        paired.Contender(name, lambda name=name: order.append(name), 1, _C.isa(), expected)
+        for name, expected in (("lead", 0.01), ("quick", 0.01), ("slow", 0.1))
+    )
+    paired.measure(Benchmark(), lead, [quick, slow], paired.Plan(rounds=2, warm=3, burst=2))
+    assert order == 2 * (["quick"] * 5 + ["slow"] * 2 + ["lead"] * 5)
+    assert [(len(one.seconds), len(one.first)) for one in (quick, slow)] == [(4, 2), (4, 0)]
+
+
 def test_the_plan_gives_long_calls_fewer_rounds():
     plan = paired.Plan(rounds=30, patience=6, least=3)
     found = [plan.of(seconds, decisive) for seconds in (0.001, 0.9, 1.5, 10) for decisive in (False, True)]
