@@ -199,9 +199,9 @@ def _turn(run: ForwardRun) -> str:
     if not run.rounds or not calls:
         return ""
     return (
-        f"In a round everybody in turn makes {calls['warm']} calls and then {calls['timed']} that are timed, or only these "
-        "where one takes 50 ms. first: milliseconds of a round's first call, before which the others have filled the "
-        "caches."
+        f"In a round everybody in turn makes {calls['warm']} calls and then {calls['timed']} that are timed, or only "
+        "these where one takes 50 ms. first: milliseconds of a round's first call, before which the others have filled "
+        "the caches."
     )
 
 

@@ -28,9 +28,8 @@ class Fetch {
     }
   }
 
-  // Inline, because GCC takes a function that does nothing but prefetch for one that does nothing.
   FASTLVM_INLINE void fetch(int64_t i) const {
-    if (i < lines_) FASTLVM_PREFETCH(data_ + (i & (V::width - 1)) * near_ + i / V::width * far_);
+    if (i < lines_) prefetch(data_ + (i & (V::width - 1)) * near_ + i / V::width * far_);
   }
 
  private:

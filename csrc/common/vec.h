@@ -25,13 +25,19 @@
 // An array of vectors stays in registers only if the loops over it are unrolled.
 #if defined(__GNUC__)
 #define FASTLVM_UNROLL _Pragma("GCC unroll 8")
-#define FASTLVM_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else
 #define FASTLVM_UNROLL
-#define FASTLVM_PREFETCH(p) static_cast<void>(p)
 #endif
 
 namespace fastlvm::FASTLVM_ISA {
+
+// Fetches a line into the second cache. The empty statement keeps GCC from dropping a function that only prefetches.
+FASTLVM_INLINE void prefetch([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");
+#endif
+}
 
 // While one lives, results too small for a normal number become zero on this thread. A state that decays without new
 // input would stop at some subnormal number for good, and every step with it takes the slow path of the processor. Not

@@ -159,11 +159,10 @@ class MambaScan {
       if (ahead) from = ahead->take(steps * at_once * line);
       if (from) until = steps;
     }
-    // Inlined by force: GCC drops calls of a function that does nothing but fetch.
     FASTLVM_INLINE void operator()(int64_t n) const {
       if (n >= until) return;
       FASTLVM_UNROLL
-      for (int64_t i = 0; i < at_once; ++i) FASTLVM_PREFETCH(from + (n * at_once + i) * line);
+      for (int64_t i = 0; i < at_once; ++i) prefetch(from + (n * at_once + i) * line);
     }
   };
 

@@ -49,7 +49,7 @@ FASTLVM_INLINE void tile(const Matrix& m, const Activations& a, int64_t row, int
     for (int v = 0; v < Vectors; ++v) {
       weights[v] = Dot::load(w[v] + g * slab);
       if constexpr (pieces <= 2)  // the tile that comes next; narrower vectors have many pieces to a line
-        FASTLVM_PREFETCH(w[v] + g * slab + (Vectors + pieces - 1) / pieces * block_bytes);
+        prefetch(w[v] + g * slab + (Vectors + pieces - 1) / pieces * block_bytes);
     }
     FASTLVM_UNROLL
     for (int r = 0; r < Rows; ++r) {
