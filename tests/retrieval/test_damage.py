@@ -66,7 +66,7 @@ def refused(folder, file, says):
         ({"rows": True}, "rows is True"),
         ({"dim": "24"}, "dim is '24'"),
         ({"dim": 2**40}, "dim|dimension"),
-        ({"kind": "hnsw"}, "kind is 'hnsw', and flat or ivf_flat is wanted"),
+        ({"kind": "ivf_pq"}, "kind is 'ivf_pq', and one of flat, ivf_flat.* is wanted"),
         ({"kind": "x" * 5000}, "kind is 'x"),
         ({"kind": "flat", "nlist": None, "nprobe": None}, "kind"),
         ({"nlist": None}, "nlist is None"),

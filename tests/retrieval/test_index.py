@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastlvm.data import Payload, Space
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import sha256_json
-from fastlvm.retrieval import Index, build
+from fastlvm.retrieval import Index, build, measure
+from fastlvm.retrieval.vectors import Vectors
 
 DIM, ROWS = 24, 420
 
@@ -209,8 +210,8 @@ def test_nprobe_is_the_smallest_that_reaches_the_recall(payload):
 @pytest.mark.parametrize("lists", [1, 2, 5, 16, 23])
 def test_the_search_for_nprobe_finds_every_answer(lists, monkeypatch):
     for answer in range(1, lists + 1):
-        monkeypatch.setattr(build, "_recall", lambda index, q, t, nprobe, answer=answer: float(nprobe >= answer))
-        assert build._smallest_nprobe(SimpleNamespace(nlist=lists), None, None) == answer
+        monkeypatch.setattr(measure, "recall", lambda searcher, q, t, setting, answer=answer: float(setting >= answer))
+        assert measure.smallest_setting(SimpleNamespace(bounds=(1, lists)), None, None, 0.95) == answer
 
 
 def test_one_probe_where_the_lists_lie_apart(tmp_path):
@@ -225,7 +226,7 @@ def test_the_recall_recorded_is_the_recall(payload):
     index = Index.build(payload, "ivf_flat", nlist=10, nprobe=3)
     groups = np.asarray(payload.groups)
     rows = np.flatnonzero(groups == np.arange(ROWS))
-    queries = build._sample_queries(payload, index.space, rows, np.random.default_rng(0))
+    queries = build.sample_queries(Vectors(payload, index.space, rows), 1)
     found = index.search(queries, 50).ids
     exact = rows[np.argsort(-(queries @ payload.take(rows).T), axis=1)[:, :50]]
     recall = np.mean([len(set(f) & set(e)) / 50 for f, e in zip(found, exact, strict=True)])

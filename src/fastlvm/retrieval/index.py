@@ -1,12 +1,11 @@
-"""Inner-product search over a payload in a space, by FAISS: exact (flat) or by inverted lists (ivf_flat).
+"""Inner-product search over a payload in a space, by a searcher of one of several kinds.
 
-On disk an index is a folder: `index.faiss`, `keys.npy`, `groups.npy`, `space.safetensors` where a space was given, and
-`index.json` with what it was built from and the SHA-256 of every other file.
+On disk an index is a folder: the searcher's files, `keys.npy`, `groups.npy`, `space.safetensors` where a space was
+given, and `index.json` with what it was built from and the SHA-256 of every other file.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,31 +30,24 @@ from fastlvm.files import (
     wrong_entry,
 )
 from fastlvm.retrieval import build as building
-from fastlvm.retrieval import faiss_file
+from fastlvm.retrieval.kinds import KINDS
+from fastlvm.retrieval.searcher import Searcher, Shape
+from fastlvm.retrieval.vectors import Vectors, representatives
 
 FORMAT = "fastlvm-index"
 VERSION = 1
-KINDS = ("auto", "flat", "ivf_flat")
 MOST_THREADS = 1024
 
 _REMEDY = "build the index again"
-_MIXED = faiss_file.REMEDY
-_FILES = {"index.faiss", "keys.npy", "groups.npy"}
+_MIXED = "it is damaged or the folder holds files of different indexes, build the index again"
+_FILES = {"keys.npy", "groups.npy"}
 _SPACE = "space.safetensors"
 _ENTRIES: Entries = {
     **dict.fromkeys(("id", "payload_id", "space_id"), ID),
     **dict.fromkeys(("rows", "dim"), whole_number(1)),
-    "kind": ("flat or ivf_flat", lambda value: value in ("flat", "ivf_flat")),
+    "kind": (f"one of {', '.join(KINDS)}", lambda value: isinstance(value, str) and value in KINDS),
     "recall_at_50": ("a share or null", lambda value: value is None or (isinstance(value, float) and 0 <= value <= 1)),
     "seed": whole_number(0),
-    "sha256": (
-        f"the hashes of {', '.join(sorted(_FILES))} and perhaps {_SPACE}",
-        lambda value: holds_digests(value) and _FILES <= set(value) <= {*_FILES, _SPACE},
-    ),
-}
-_OF_KIND: dict[str, Entries] = {
-    "flat": dict.fromkeys(("nlist", "nprobe"), ("null", lambda value: value is None)),
-    "ivf_flat": dict.fromkeys(("nlist", "nprobe"), whole_number(1)),
 }
 
 
@@ -92,17 +84,17 @@ class _Meta:
 class Index:
     """Use `Index.build` or `Index.open`. `len(index)` is the number of payload rows it covers.
 
-    Only the smallest row of each duplicate group is in FAISS: a result lists a group once, and excluding any of its
-    rows excludes all of them.
+    Only the smallest row of each duplicate group is in the searcher: a result lists a group once, and excluding any of
+    its rows excludes all of them.
     """
 
     def __init__(
-        self, faiss_index: Any, keys: np.ndarray, groups: np.ndarray, space: Space, meta: _Meta, own_space: bool
+        self, searcher: Searcher, keys: np.ndarray, groups: np.ndarray, space: Space, meta: _Meta, own_space: bool
     ):
-        self._faiss = faiss_index
+        self._searcher = searcher
         self._keys = keys
         self._groups = groups
-        self._rows = building.representatives(groups)  # FAISS id → payload row
+        self._rows = representatives(groups)  # the searcher's id → payload row
         self._meta = meta
         self._own_space = own_space
         self.space = space
@@ -130,8 +122,8 @@ class Index:
         """
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise InputError(f"seed is {seed!r}, and an integer ≥ 0 is wanted")
-        if kind not in KINDS:
-            raise InputError(f"kind is {kind!r}, and one of {', '.join(KINDS)} is wanted")
+        if kind != "auto" and kind not in KINDS:
+            raise InputError(f"kind is {kind!r}, and one of auto, {', '.join(KINDS)} is wanted")
         own_space = space is not None
         space = Space.identity(payload.dim) if space is None else space
         if space.dim != payload.dim:
@@ -140,12 +132,8 @@ class Index:
         groups = np.array(payload.groups, dtype=np.int64)
         if kind == "auto":
             kind = "flat" if len(payload) < building.FLAT_BELOW else "ivf_flat"
-        if kind == "flat":
-            if nlist is not None or nprobe is not None:
-                raise InputError("nlist and nprobe belong to kind ivf_flat: leave them out, or ask for that kind")
-            built = building.flat(payload, space, groups)
-        else:
-            built = building.ivf_flat(payload, space, groups, nlist=nlist, nprobe=nprobe, seed=seed)
+        vectors = Vectors(payload, space, representatives(groups))
+        built = building.build(vectors, kind, nlist=nlist, nprobe=nprobe, seed=int(seed))
         meta = _Meta(
             payload_id=payload.id,
             space_id=space.id,
@@ -153,21 +141,16 @@ class Index:
             rows=len(payload),
             dim=payload.dim,
             nlist=built.nlist,
-            nprobe=built.nprobe,
+            nprobe=built.searcher.setting,
             recall_at_50=built.recall,
             seed=int(seed),
         )
-        return cls(built.index, np.array(payload.keys, dtype=np.int32), groups, space, meta, own_space)
+        return cls(built.searcher, np.array(payload.keys, dtype=np.int32), groups, space, meta, own_space)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index as a new folder, whole or not at all."""
-        import faiss
-
         with atomic_folder(folder) as path:
-            try:
-                faiss.write_index(self._faiss, str(path / "index.faiss"))
-            except RuntimeError as error:  # which is how FAISS says that the disk is full
-                raise OSError(errno.EIO, "FAISS could not write its index") from error
+            self._searcher.save(path)
             np.save(path / "keys.npy", self._keys, allow_pickle=False)
             np.save(path / "groups.npy", self._groups, allow_pickle=False)
             if self._own_space:
@@ -197,9 +180,8 @@ class Index:
         keys = np.array(map_array(path / "keys.npy", "int32", (meta.rows, 2), _MIXED))
         groups = np.array(map_array(path / "groups.npy", "int64", (meta.rows,), _MIXED))
         _check_groups(path / "groups.npy", groups)
-        faiss_index = faiss_file.read(
-            path / "index.faiss", meta.dim, len(building.representatives(groups)), meta.nlist, meta.nprobe
-        )
+        shape = Shape(meta.dim, len(representatives(groups)), meta.nlist, meta.nprobe)
+        searcher = KINDS[meta.kind].open(path, shape)
         own_space = _SPACE in files
         space = Space.load(path / _SPACE) if own_space else Space.identity(meta.dim)
         if (space.dim, space.id) != (meta.dim, meta.space_id):
@@ -207,7 +189,7 @@ class Index:
                 f"{path / _SPACE if own_space else path} has space {space.id} of {space.dim} dimensions, "
                 f"and {meta.space_id} of {meta.dim} is wanted: {_MIXED}"
             )
-        return cls(faiss_index, keys, groups, space, meta, own_space)
+        return cls(searcher, keys, groups, space, meta, own_space)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> SearchResult:
         """The k rows of highest inner product with each query.
@@ -219,26 +201,17 @@ class Index:
         queries = self._checked_queries(queries)
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
-        k = int(k)
         excluded = self._checked_exclude(exclude, len(queries))
-        fetch = min(k + _most_distinct(excluded), len(self._rows))
-        scores, found = self._faiss.search(queries, fetch)
-        rows = np.where(found >= 0, self._rows[found], -1)
-        dropped = rows < 0
-        for column in excluded.T:
-            dropped |= (rows == column[:, None]) & (rows >= 0)
-        return self._pack(rows, scores, dropped, k)
+        scores, found = self._searcher.search(queries, min(int(k), len(self._rows)), excluded)
+        return self._pack(scores, found, int(k))
 
-    def _pack(self, rows: np.ndarray, scores: np.ndarray, dropped: np.ndarray, k: int) -> SearchResult:
-        """Move the kept results to the front, in order, and pad or cut to k."""
-        n, fetched = rows.shape
-        order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
-        kept = ~np.take_along_axis(dropped, order, axis=1)
+    def _pack(self, scores: np.ndarray, found: np.ndarray, k: int) -> SearchResult:
+        """The searcher's result over payload rows, padded to k."""
+        n, width = found.shape
         ids = np.full((n, k), -1, np.int64)
         values = np.full((n, k), -np.inf, np.float32)
-        width = min(fetched, k)
-        ids[:, :width] = np.where(kept, np.take_along_axis(rows, order, axis=1), -1)
-        values[:, :width] = np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf)
+        ids[:, :width] = np.where(found >= 0, self._rows[found], -1)
+        values[:, :width] = np.where(found >= 0, scores, -np.inf)
         keys = np.where((ids >= 0)[..., None], self._keys[ids], np.int32(-1))
         return SearchResult(ids, values, keys)
 
@@ -256,10 +229,10 @@ class Index:
             raise InputError(f"queries row {row} holds a value that is not finite in float32: mend that query")
         return array
 
-    def _checked_exclude(self, exclude: Any, n: int) -> np.ndarray:
-        """Rows of the groups to leave out, int64 [n, m]; -1 = none."""
+    def _checked_exclude(self, exclude: Any, n: int) -> np.ndarray | None:
+        """The searcher's ids of the groups to leave out, int64 [n, m]; -1 = none."""
         if exclude is None:
-            return np.empty((n, 0), np.int64)
+            return None
         array = np.asarray(exclude)
         if array.size and not np.issubdtype(array.dtype, np.integer):
             raise InputError(f"exclude is {array.dtype}, and integer payload rows are wanted")
@@ -268,8 +241,10 @@ class Index:
         array = array.astype(np.int64)
         if array.size and (array.min() < -1 or array.max() >= len(self)):
             raise InputError(f"exclude spans {array.min()} to {array.max()}: wanted are rows -1 to {len(self) - 1}")
-        array = np.broadcast_to(array, (n, array.shape[-1]))
-        return np.where(array >= 0, self._groups[array], -1)
+        if array.shape[-1] == 0:
+            return None
+        ids = np.where(array >= 0, np.searchsorted(self._rows, self._groups[array]), -1)
+        return np.ascontiguousarray(np.broadcast_to(ids, (n, array.shape[-1])))
 
     def __len__(self) -> int:
         return self._meta.rows
@@ -334,13 +309,18 @@ def set_threads(threads: int | None) -> None:
     faiss.omp_set_num_threads(int(threads))
 
 
-def _most_distinct(excluded: np.ndarray) -> int:
-    """The largest number of distinct groups excluded for one query."""
-    if excluded.size == 0:
-        return 0
-    ordered = np.sort(excluded, axis=1)
-    fresh = np.diff(ordered, axis=1, prepend=-1) > 0
-    return int(fresh.sum(axis=1).max())
+def _of_kind(kind: str) -> Entries:
+    """Entries that depend on the kind."""
+    files = {*_FILES, *KINDS[kind].FILES}
+    null = ("null", lambda value: value is None)
+    return {
+        "nlist": whole_number(1) if KINDS[kind].LISTS else null,
+        "nprobe": null if KINDS[kind].SETTING is None else whole_number(1),
+        "sha256": (
+            f"the hashes of {', '.join(sorted(files))} and perhaps {_SPACE}",
+            lambda value: holds_digests(value) and files <= set(value) <= {*files, _SPACE},
+        ),
+    }
 
 
 def _read_meta(path: Path) -> tuple[_Meta, dict[str, str]]:
@@ -359,7 +339,7 @@ def _read_meta(path: Path) -> tuple[_Meta, dict[str, str]]:
         raise IntegrityError(f"{file} has version {found}, and {VERSION} is wanted: build it again")
     if content.pop("checksum", None) != sha256_json(content):
         raise IntegrityError(f"{file} is damaged, its checksum does not fit: {_REMEDY}")
-    wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _OF_KIND[content["kind"]])
+    wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _of_kind(content["kind"]))
     if wrong:
         raise IntegrityError(f"{file} lacks what an index records ({wrong}): {_REMEDY}")
     meta = _Meta(**{name: content[name] for name in _Meta.__dataclass_fields__})
