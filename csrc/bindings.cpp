@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ssd_scan(m);
   bind_causal_conv1d(m);
   bind_model(m);
+  bind_searcher(m);
   bind_ssm_step(m);
   bind_causal_conv1d_step(m);
   bind_ssd_step(m);

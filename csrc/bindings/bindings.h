@@ -23,6 +23,7 @@ void bind_ssm_scan(py::module_& m);
 void bind_ssd_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
 void bind_model(py::module_& m);
+void bind_searcher(py::module_& m);
 void bind_ssm_step(py::module_& m);
 void bind_causal_conv1d_step(py::module_& m);
 void bind_ssd_step(py::module_& m);

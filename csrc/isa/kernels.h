@@ -11,6 +11,7 @@
 #include "ops/ssm_scan_bwd.h"
 #include "ops/ssm_step.h"
 #include "predictor/forward.h"
+#include "search/scan.h"
 
 #define FASTLVM_TEXT_OF(x) #x
 #define FASTLVM_TEXT(x) FASTLVM_TEXT_OF(x)
@@ -64,6 +65,7 @@ inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA),
                                     causal_conv1d_step,
                                     ssd_step,
                                     predict::forward,
-                                    {{&product::fp32, &product::bf16, &product::int8}}};
+                                    {{&product::fp32, &product::bf16, &product::int8}},
+                                    search::kernels};
 
 }  // namespace fastlvm::FASTLVM_ISA

@@ -4,6 +4,7 @@
 
 #include "common/tensor.h"
 #include "predictor/network.h"
+#include "search/lists.h"
 
 namespace fastlvm {
 
@@ -131,6 +132,7 @@ struct Kernels {
   void (*ssd_step)(const SsdStep&);
   void (*predict)(const Prediction&);
   Products products;  // of this instruction set alone
+  SearchKernels search;
 };
 
 // One per object in isa/; null where the target architecture or the compiler lacks the instructions.

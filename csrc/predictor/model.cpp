@@ -34,19 +34,13 @@ void Model::step(const float* vector, float* out, float* state, int64_t seen, in
   predict({&network_, nullptr, nullptr, 1, 1, vector, out, state, seen, nullptr}, threads);
 }
 
-// Every call has a workspace of its own, left behind for the next one. The lock is never waited for: after a fork
-// nobody may be left to give it back.
 void Model::predict(Prediction args, int threads) const {
   const ThreadCount count(threads);
-  std::unique_ptr<Workspace> workspace;
-  if (std::unique_lock lock(mutex_, std::try_to_lock); lock && !idle_.empty())
-    workspace = std::move(idle_.back()), idle_.pop_back();
-  if (!workspace) workspace = std::make_unique<Workspace>();
+  std::unique_ptr<Workspace> workspace = idle_.take();
   const Products products = active_products();
   args.products = &products, args.workspace = workspace.get();
   active_kernels().predict(args);
-  workspace->settle();
-  if (std::unique_lock lock(mutex_, std::try_to_lock); lock) idle_.push_back(std::move(workspace));
+  idle_.give(std::move(workspace));
 }
 
 }  // namespace fastlvm

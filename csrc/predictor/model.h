@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -145,8 +144,7 @@ class Model {
   bool streams_ = true;
   std::vector<std::unique_ptr<Details>> details_;
   Network network_{};
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Workspace>> idle_;
+  mutable Workspaces idle_;
 };
 
 }  // namespace fastlvm

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <memory>
+#include <utility>
 
 #include "common/memory.h"
 
@@ -49,6 +49,20 @@ void Workspace::drop_chunks() {
     delete newest_;
     newest_ = before;
   }
+}
+
+std::unique_ptr<Workspace> Workspaces::take() {
+  if (std::unique_lock lock(mutex_, std::try_to_lock); lock && !idle_.empty()) {
+    std::unique_ptr<Workspace> workspace = std::move(idle_.back());
+    idle_.pop_back();
+    return workspace;
+  }
+  return std::make_unique<Workspace>();
+}
+
+void Workspaces::give(std::unique_ptr<Workspace> workspace) {
+  workspace->settle();
+  if (std::unique_lock lock(mutex_, std::try_to_lock); lock) idle_.push_back(std::move(workspace));
 }
 
 int64_t nanoseconds_now() {

@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
 
 namespace fastlvm {
 
@@ -28,6 +31,17 @@ class Workspace {
 
   Chunk* newest_ = nullptr;
   size_t used_ = 0, most_ = 0;
+};
+
+// Workspaces that wait for the next call. A lock is never waited for: after a fork nobody may be left to give it back.
+class Workspaces {
+ public:
+  std::unique_ptr<Workspace> take();
+  void give(std::unique_ptr<Workspace> workspace);  // settled
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
 };
 
 int64_t nanoseconds_now();

@@ -5,7 +5,7 @@ QEMU ?= $(firstword $(shell command -v qemu-aarch64-static || command -v qemu-aa
 SECONDS ?= 60
 OUT := build/native
 
-SOURCES := $(wildcard csrc/common/*.cpp csrc/isa/*.cpp csrc/predictor/*.cpp)
+SOURCES := $(wildcard csrc/common/*.cpp csrc/isa/*.cpp csrc/predictor/*.cpp csrc/search/*.cpp)
 HEADERS := $(wildcard csrc/*/*.h)
 COMMON := -std=c++20 -Wall -Wextra -g -Icsrc -pthread
 

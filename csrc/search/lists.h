@@ -1,0 +1,59 @@
+// Inverted lists of RaBitQ codes (Gao and Long, SIGMOD 2024) as the kernels see them: plain data, see common/tensor.h.
+//
+// A row x of list l lies at its centroid c plus r, in rotated coordinates. Its code is the signs of r, and
+//   <q, x> = <q, c> + <q, r>,  <q, r> ≈ factor <q, sign r>,  factor = |r|² / Σ|rᵢ|
+// is the estimate that a scan ranks rows by; the best of them are scored by int8 codes of x.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlvm {
+
+inline constexpr int64_t block_rows = 32;  // whose codes lie together
+inline constexpr int64_t rotation_rounds = 4;
+
+// Signs, then a Hadamard transform of the first (even rounds) or last (odd rounds) 2^k coordinates, k as large as fits.
+struct Rotation {
+  int64_t dim;
+  const float* signs;  // [rotation_rounds, dim], 1 or -1
+};
+
+// <q, sign r> ≈ base + step · Σ of the entries that a row's bits select. Columns are bytes of a row's code; a pair of
+// them has 128 bytes of entries: for the low four bits of each byte, two times 16 of the first and of the second
+// column, and then as many for the high ones.
+struct Table {
+  uint8_t* entries;  // [pairs, 128]
+  float base, step;
+};
+
+// Some rows of a list, from its beginning or from one of its blocks on.
+struct Scan {
+  int64_t rows, pairs;
+  const uint8_t* bits;   // [blocks, columns, block_rows]
+  const float* factors;  // [rows]
+  Table table;
+  float centroid;   // <q, c>
+  float threshold;  // estimates below it are left out
+  int32_t first;    // position of the first row
+  float* scores;
+  int32_t* positions;  // both with room for `rows` rounded up to a block
+};
+
+// Exact for the int8 codes: scale Σ qᵢ codeᵢ, of `count` rows.
+struct Score {
+  int64_t dim, count;
+  const float* query;
+  const int8_t* codes;       // [.., dim]
+  const float* scales;       // [..]
+  const int32_t* positions;  // [count]
+  float* scores;
+};
+
+struct SearchKernels {
+  void (*rotate)(const Rotation&, float* x);
+  void (*fill)(const float* query, int64_t dim, int64_t pairs, Table& table);
+  int64_t (*scan)(const Scan&);  // how many rows it kept
+  void (*score)(const Score&);
+};
+
+}  // namespace fastlvm

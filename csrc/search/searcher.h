@@ -1,0 +1,66 @@
+// Searches an inverted-list index of lists.h: probes the nearest lists, ranks their rows by the estimates of their
+// codes and scores the best of them by int8 codes of the rows themselves.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "predictor/model.h"
+#include "predictor/workspace.h"
+#include "search/lists.h"
+
+namespace fastlvm {
+
+// The arrays of an index, which have to outlive the searcher; a row's position is its place in the lists.
+struct ListsSource {
+  int64_t dim, nlist, rows;
+  const float* signs;            // [rotation_rounds, dim]
+  const int8_t* centroids;       // [nlist, dim], rotated
+  const float* centroid_scales;  // [nlist]
+  const int64_t* sizes;          // [nlist], rows together
+  const uint8_t* bits;           // [blocks, 2 pairs, block_rows]: every list begins with a block of its own
+  const float* factors;          // [rows]
+  const int8_t* codes;           // [rows, dim], rotated
+  const float* scales;           // [rows]
+  const int32_t* ids;            // [rows], 0 or more
+};
+
+// How a query is answered: the k best of the `candidates` best estimates in the `nprobe` nearest lists.
+struct SearchOptions {
+  int64_t k, nprobe, candidates;
+  const int64_t* excluded;  // ids [n, excluded_count] that are left out; negative: none
+  int64_t excluded_count;
+  int threads;  // 0: as many as all kernels use
+};
+
+class Searcher {
+ public:
+  explicit Searcher(const ListsSource& source);  // throws std::invalid_argument for sizes that do not fit
+
+  int64_t dim() const { return lists_.dim; }
+  int64_t rows() const { return lists_.rows; }
+  int64_t nlist() const { return lists_.nlist; }
+
+  // queries [n, dim] → scores and ids [n, k], best first; -inf and -1 where fewer rows are found. A result depends on
+  // its query alone: not on the threads, nor on the queries beside it.
+  void search(const float* queries, int64_t n, const SearchOptions& options, float* scores, int64_t* ids) const;
+
+  static int64_t pairs_of(int64_t dim) { return (dim + 15) / 16; }
+
+ private:
+  struct List {
+    int64_t first, rows, block;
+  };
+  class Query;
+
+  void answer(const float* query, const float* near, int64_t row, const SearchOptions& options, int seats,
+              float* scores, int64_t* ids) const;
+
+  ListsSource lists_;
+  std::vector<List> list_;
+  std::unique_ptr<Model> centroids_;
+  mutable Workspaces idle_;
+};
+
+}  // namespace fastlvm
