@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ Files = dict[str, bytes]  # path in the folder → content
 MALFORMED = (*HEADER_ERRORS, *DAMAGE, KeyError, IndexError, AttributeError)
 """What reading a damaged file raises."""
 
-META = ("payload_id", "space_id", "kind", "rows", "dim", "nlist", "nprobe", "recall_at_50", "seed")
+META = ("payload_id", "space_id", "kind", "rows", "dim", "nlist", "nprobe", "ef_search", "recall_at_50", "seed")
 
 MAMBA = [
     {"type": "linear", "prefix": "embed", "inputs": DIM, "outputs": 20},
@@ -78,7 +79,7 @@ class Base(NamedTuple):
 
 
 def make(folder: Path) -> list[Base]:
-    """Every model in every precision; the folder is scratch."""
+    """Every model in every precision, with every kind of index among them; the folder is scratch."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((ROWS, DIM)).astype(np.float32) + 0.5
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -90,21 +91,21 @@ def make(folder: Path) -> list[Base]:
         Index.build(payload, "flat", space=spaces[0]),
         Index.build(payload, "flat"),
         Index.build(payload, "ivf_flat", space=spaces[2], nlist=2, nprobe=1),
+        Index.build(payload, "ivf_sq8", space=spaces[0], nlist=2, nprobe=1),
+        Index.build(payload, "hnsw", space=spaces[2]),
     )
     found = []
-    for layers, space, index in zip((MAMBA, MIXED, MEAN), spaces, indexes, strict=True):
-        for precision in PRECISIONS:
-            plan = Plan(layers, CONTEXT, DIM)
-            packed = pack(plan, weights_of(plan, rng), precision)
-            raw = contexts(rng, 3, CONTEXT, DIM)
-            golden = artifact.Golden(raw, Forward(plan, packed, space)(raw))
-            path = folder / f"artifact{len(found)}"
-            entries = {"precision": precision, "model": "fuzz", "layers": layers}
-            artifact.write(path, plan, packed, golden, index, entries, lambda _: None)
-            files = {
-                str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
-            }
-            found.append(Base(files, space))
+    for layers, precision in itertools.product((MAMBA, MIXED, MEAN), PRECISIONS):
+        index = indexes[len(found) % len(indexes)]
+        plan = Plan(layers, CONTEXT, DIM)
+        packed = pack(plan, weights_of(plan, rng), precision)
+        raw = contexts(rng, 3, CONTEXT, DIM)
+        golden = artifact.Golden(raw, Forward(plan, packed, index.space)(raw))
+        path = folder / f"artifact{len(found)}"
+        entries = {"precision": precision, "model": "fuzz", "layers": layers}
+        artifact.write(path, plan, packed, golden, index, entries, lambda _: None)
+        files = {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+        found.append(Base(files, index.space))
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import fastlvm
 from fastlvm.data import Payload
 from fastlvm.errors import InputError
+from fastlvm.retrieval import Index
 
 from .sample import CHUNKS, make_model, make_vectors
 
@@ -74,6 +75,18 @@ def test_excluding_the_context_covers_its_duplicates(predictor, payload):
     assert not np.isin(found.ids[0], [40, 97, 98, 99, 100, 101]).any()
     assert not np.isin(found.ids[1], [12, 13, 14, 15, 16]).any()
     np.testing.assert_array_equal(found.ids, brute(predictor, payload, raw, 340, rows)[0])
+
+
+@pytest.mark.parametrize("kind", ("ivf_flat", "ivf_sq8", "hnsw"))
+def test_excluding_the_context_by_every_kind_of_index(tmp_path, model, payload, space, contexts, kind):
+    raw, rows = contexts
+    fastlvm.export(model, tmp_path / "a", index=Index.build(payload, kind, space=space), payload=payload)
+    predictor = fastlvm.Predictor.load(tmp_path / "a")
+    found = predictor.search(raw, 20, exclude="context").ids
+    own = payload.groups[rows]
+    assert not any(np.intersect1d(found[i], own[i]).size for i in range(len(rows)))
+    alike = [np.intersect1d(found[i], predictor.search(raw[i], 20, exclude=rows[i]).ids).size for i in range(len(rows))]
+    assert min(alike) >= 19  # nothing else is left out, but what rounded scores cannot tell from a context vector
 
 
 def test_excluding_the_context_survives_float16_and_scaling(predictor, contexts):

@@ -32,13 +32,15 @@ def indexes(payload):
         "flat": Index.build(payload, "flat"),
         "flat, whitened": Index.build(payload, "flat", space=space),
         "ivf": Index.build(payload, "ivf_flat", space=space, nlist=8, nprobe=8),
+        "ivf_sq8": Index.build(payload, "ivf_sq8", space=space, nlist=8, nprobe=8),
+        "hnsw": Index.build(payload, "hnsw", space=space),
     }
 
 
 def rehashed(folder, **changes):
     """index.json whose hashes and id fit the files and entries of the folder."""
     content = json.loads((folder / "index.json").read_text()) | changes
-    names = ("payload_id", "space_id", "kind", "rows", "dim", "nlist", "nprobe", "recall_at_50", "seed")
+    names = ("payload_id", "space_id", "kind", "rows", "dim", "nlist", "nprobe", "ef_search", "recall_at_50", "seed")
     content["id"] = sha256_json({name: content[name] for name in names})[:16]
     content["sha256"] = {name: sha256_file(folder / name) for name in content["sha256"]}
     write(folder, **content)
@@ -86,6 +88,69 @@ def test_an_entry_that_makes_no_sense_is_named(indexes, tmp_path, change, says):
     Index.open(folder)
     rehashed(folder, **change)
     refused(folder, "", says)
+
+
+POINT = {"kind": "ivf_flat", "rows": 419, "nlist": 8, "nprobe": 8, "ef_search": None, "recall_at_50": 1.0, "ms": 0.1}
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        None,
+        {},
+        [None],
+        [[]],
+        [POINT | {"kind": "auto"}],
+        [POINT | {"kind": ["flat"]}],
+        [POINT | {"rows": 0}],
+        [POINT | {"nlist": None}],
+        [POINT | {"nprobe": 0}],
+        [POINT | {"ef_search": 50}],
+        [POINT | {"kind": "hnsw"}],
+        [POINT | {"recall_at_50": 1.5}],
+        [POINT | {"recall_at_50": 1}],
+        [POINT | {"ms": -0.1}],
+        [POINT | {"ms": True}],
+        [POINT | {"more": 1}],
+        [{name: value for name, value in POINT.items() if name != "ms"}],
+    ],
+)
+def test_a_curve_that_no_measurement_gives_is_refused(indexes, tmp_path, curve):
+    folder = tmp_path / "index"
+    indexes["ivf"].save(folder)
+    rehashed(folder, curve=[POINT, POINT])
+    assert len(Index.open(folder).curve) == 2 and Index.open(folder).id == indexes["ivf"].id
+    rehashed(folder, curve=curve)
+    refused(folder, "index.json", "curve is .*a list of points of kind, rows, nlist, nprobe, ef_search")
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "hnsw"])
+def test_options_of_another_kind_are_refused(indexes, tmp_path, kind):
+    folder = tmp_path / "index"
+    indexes[kind].save(folder)
+    index = Index.open(folder)
+    for name in ("nlist", "nprobe", "ef_search"):
+        given = getattr(index, name)
+        rehashed(folder, **{name: 3 if given is None else None})
+        refused(folder, "index.json", f"{name} is")
+        rehashed(folder, **{name: given})
+        if given is not None and name != "nlist":
+            rehashed(folder, **{name: given + 1})
+            refused(folder, "index.faiss", "and wants")
+            rehashed(folder, **{name: given})
+    Index.open(folder)
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "hnsw"])
+@pytest.mark.parametrize("other", ["flat", "ivf", "ivf_sq8", "hnsw"])
+def test_the_file_of_another_kind_is_refused(indexes, tmp_path, kind, other):
+    if kind == other:
+        return
+    indexes[kind].save(tmp_path / "a")
+    indexes[other].save(tmp_path / "b")
+    (tmp_path / "a" / "index.faiss").write_bytes((tmp_path / "b" / "index.faiss").read_bytes())
+    rehashed(tmp_path / "a")
+    refused(tmp_path / "a", "index.faiss", "kind")
 
 
 def test_a_flat_index_under_another_kind_is_refused(indexes, tmp_path):

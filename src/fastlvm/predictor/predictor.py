@@ -75,7 +75,8 @@ class Predictor:
 
         context: as `predict` takes it. exclude: payload rows [m] to leave out of every result, or [n, m] for each
         context, -1 = none; or "context": the rows that a context's own vectors are. A row stands for its whole
-        duplicate group. Raises InputError for a wrong context, k or exclude.
+        duplicate group; where the index's scores are rounded, those they cannot tell from a context vector go with it.
+        Raises InputError for a wrong context, k or exclude.
         """
         raw, single = self._checked(context)
         if isinstance(exclude, str):
@@ -117,7 +118,8 @@ class Predictor:
         moved = np.empty((n * self.context, self.dim), np.float32)
         self._into_space.run(raw.reshape(-1, 1, self.dim), moved)
         ids, scores, _ = self.index.search(moved, CANDIDATES)
-        same = (scores >= MATCH) & (scores >= scores[:, :1] - TIE)
+        error = self.index.score_error
+        same = (scores >= MATCH - error) & (scores >= scores[:, :1] - TIE - 2 * error)
         return np.where(same, ids, -1).reshape(n, self.context * CANDIDATES)
 
     def _checked(self, context: Any) -> tuple[np.ndarray, bool]:

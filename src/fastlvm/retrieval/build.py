@@ -1,64 +1,190 @@
-"""How a searcher of a payload is filled, and how the number of lists and of probes is chosen."""
+"""How the searcher of a payload is filled, and how its kind, its lists and its setting are chosen by measurement.
+
+Kinds and numbers of lists are compared on a part of whole articles, at most 100,000 rows; the setting is then measured
+on all rows. Of several numbers of lists that one is taken whose search reads the fewest bytes at the wanted recall, so
+that a seed always gives the same; only the kind that "auto" takes depends on time.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastlvm.errors import InputError
-from fastlvm.retrieval import measure
 from fastlvm.retrieval.faiss_kinds import ROWS_PER_LIST
 from fastlvm.retrieval.kinds import KINDS
+from fastlvm.retrieval.measure import Point, Trial
 from fastlvm.retrieval.searcher import Searcher
 from fastlvm.retrieval.vectors import Vectors
 
-FLAT_BELOW = 50_000
-"""Payload rows from which "auto" takes inverted lists."""
+MEASURED_FROM = 10_000
+"""Vectors from which "auto" measures; below, every kind is quick and it takes flat."""
 
 RECALL = 0.95
-"""Recall@50 against exact search that nprobe is chosen for."""
+"""Recall@50 against exact search that a setting is chosen for."""
 
-_SAMPLE_QUERIES = 256
+QUERIES = 512
+"""Queries that recall is measured on; of more that are given, a seeded draw of as many."""
+
+PART = 100_000
+"""Most vectors that kinds and numbers of lists are compared on."""
+
+_MULTIPLES = (4, 8, 16)  # lists by the square root of rows
 
 
 class Built(NamedTuple):
+    """A searcher left at its setting, what was measured there (None where it is exact), and all that was tried."""
+
+    kind: str
     searcher: Searcher
-    nlist: int | None = None
-    recall: float | None = None
+    nlist: int | None
+    point: Point | None
+    curve: list[Point]
+
+    @property
+    def ms(self) -> float:
+        return 0.0 if self.point is None else self.point.ms
+
+    @property
+    def recall(self) -> float:
+        return 1.0 if self.point is None or self.searcher.SETTING is None else self.point.recall_at_50
 
 
-def build(vectors: Vectors, kind: str, *, nlist: int | None, nprobe: int | None, seed: int) -> Built:
-    """A searcher of that kind, set to nprobe or to the smallest setting of recall 0.95."""
-    searcher_class = KINDS[kind]
-    if not searcher_class.LISTS and (nlist is not None or nprobe is not None):
-        lists = " or ".join(name for name, one in KINDS.items() if one.LISTS)
-        raise InputError(f"nlist and nprobe belong to kind {lists}: leave them out, or ask for that kind")
-    if searcher_class.LISTS:
-        nlist = _option("nlist", default_nlist(len(vectors)) if nlist is None else nlist, len(vectors))
+def build(
+    vectors: Vectors,
+    kind: str,
+    *,
+    nlist: int | None = None,
+    nprobe: int | None = None,
+    wanted: float = RECALL,
+    queries: np.ndarray | None = None,
+    seed: int = 0,
+) -> Built:
+    """A searcher of that kind, or of the quickest for "auto", at the smallest setting of the wanted recall.
+
+    Raises InputError where nlist or nprobe do not fit the kind, or where it does not reach that recall.
+    """
+    nlist, nprobe = _options(kind, nlist, nprobe, len(vectors))
+    if kind == "auto" and len(vectors) < MEASURED_FROM:
+        kind = "flat"
+    choice = _Choice(vectors, wanted, queries, seed)
+    if kind == "auto":
+        return choice.quickest()
+    if KINDS[kind].SETTING is None:
+        return Built(kind, KINDS[kind].build(vectors, None, seed), None, None, [])
     if nprobe is not None:
-        nprobe = _option("nprobe", nprobe, nlist)
-    searcher = searcher_class.build(vectors, nlist, seed)
-    if searcher_class.SETTING is None:
-        return Built(searcher)
-    queries = sample_queries(vectors, seed)
-    truth = measure.nearest(vectors, queries)
-    setting = nprobe or measure.smallest_setting(searcher, queries, truth, RECALL)
-    return Built(searcher, nlist, measure.recall(searcher, queries, truth, setting))
+        return choice.probing(kind, nlist, nprobe)
+    built = choice.of(kind) if nlist is None else choice.tuned(kind, choice.trial(vectors), [nlist])
+    if built.recall < wanted:
+        raise InputError(
+            f"recall is {wanted:g}, and kind {kind} reaches {built.recall:.4f} on these queries: ask for less, or for "
+            "another kind"
+        )
+    return built
 
 
-def default_nlist(rows: int) -> int:
-    """The largest power of two ≤ 4·√rows that leaves at least 39 rows a list (584,545 rows: 2,048)."""
-    bound = max(1, int(min(4 * rows**0.5, rows / ROWS_PER_LIST)))
-    return 1 << (bound.bit_length() - 1)
+def list_numbers(rows: int) -> list[int]:
+    """Powers of two around 4, 8 and 16·√rows that leave at least 39 rows a list; 1 where there are fewer rows."""
+    bounds = [max(1, int(min(multiple * rows**0.5, rows / ROWS_PER_LIST))) for multiple in _MULTIPLES]
+    return [1 << (bound.bit_length() - 1) for bound in bounds]
 
 
-def sample_queries(vectors: Vectors, seed: int) -> np.ndarray:
-    """Indexed vectors themselves: harder than predictions, whose averages lie nearer to the centroids. [q, dim]"""
-    return vectors.sample(_SAMPLE_QUERIES, seed)
+def _options(kind: str, nlist: Any, nprobe: Any, rows: int) -> tuple[int | None, int | None]:
+    if kind == "auto" or not KINDS[kind].LISTS:
+        if nlist is not None or nprobe is not None:
+            lists = " or ".join(name for name, one in KINDS.items() if one.LISTS)
+            raise InputError(f"nlist and nprobe belong to kind {lists}: leave them out, or ask for that kind")
+        return None, None
+    nlist = None if nlist is None else _option("nlist", nlist, rows)
+    return nlist, None if nprobe is None else _option("nprobe", nprobe, nlist or rows)
 
 
-def _option(name: str, value: Any, most: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= (most or 0):
+def _option(name: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
         raise InputError(f"{name} is {value!r}, and an integer from 1 to {most} is wanted")
     return int(value)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Kinds and lists for some vectors, compared on a part of them."""
+
+    vectors: Vectors
+    wanted: float
+    queries: np.ndarray | None
+    seed: int
+
+    @functools.cached_property
+    def part(self) -> Vectors:
+        return self.vectors.part(PART, self.seed)
+
+    def of(self, kind: str) -> Built:
+        """All vectors in the number of lists that is best on a part of them."""
+        numbers = _numbers(kind, self.vectors)
+        if len(set(numbers)) == 1 or self.part is self.vectors:
+            return self.tuned(kind, self.trial(self.vectors), numbers)
+        return self.on_all(self.tuned(kind, self.trial(self.part), _numbers(kind, self.part)))
+
+    def quickest(self) -> Built:
+        """The kind of the quickest single query at the wanted recall."""
+        trial = self.trial(self.part)
+        tried = [self.tuned(kind, trial, _numbers(kind, self.part)) for kind in KINDS]
+        good = sorted((one for one in tried if one.recall >= self.wanted), key=lambda one: one.ms)
+        if self.part is self.vectors:
+            return good[0]
+        for one in good:  # the first, unless a kind that sufficed for the part does not for all
+            built = self.on_all(one)
+            if built.recall >= self.wanted:
+                break
+        return built
+
+    def probing(self, kind: str, nlist: int | None, nprobe: int) -> Built:
+        """A searcher that probes as many lists as was asked for; its recall is what it is."""
+        if nlist is None:
+            nlist = self.of(kind).nlist
+            assert nlist is not None
+            _option("nprobe", nprobe, nlist)
+        trial = self.trial(self.vectors)
+        searcher = KINDS[kind].build(self.vectors, nlist, self.seed)
+        return Built(kind, searcher, nlist, trial.point(kind, nlist, searcher, nprobe), trial.points)
+
+    def on_all(self, chosen: Built) -> Built:
+        """What was chosen on a part, built of all vectors; its curve goes on from the part's."""
+        nlist = None
+        if chosen.nlist is not None:
+            nlist = _numbers(chosen.kind, self.vectors)[_numbers(chosen.kind, self.part).index(chosen.nlist)]
+        built = self.tuned(chosen.kind, self.trial(self.vectors), [nlist])
+        return built._replace(curve=chosen.curve + built.curve)
+
+    def tuned(self, kind: str, trial: Trial, numbers: Sequence[int | None]) -> Built:
+        """The best of some numbers of lists: it reaches the recall and, of those that do, reads the fewest bytes."""
+        best: tuple[tuple[float, float], Built] | None = None
+        for nlist in dict.fromkeys(numbers):
+            searcher = KINDS[kind].build(trial.vectors, nlist, self.seed)
+            if searcher.SETTING is None:
+                point = trial.point(kind, nlist, searcher, None)
+            else:
+                point = trial.smallest(kind, nlist, searcher, self.wanted)
+            built = Built(kind, searcher, nlist, point, trial.points)
+            rank = max(0.0, self.wanted - built.recall), searcher.reads(trial.queries) if searcher.LISTS else 0.0
+            if best is None or rank < best[0]:
+                best = rank, built
+        assert best is not None
+        return best[1]
+
+    def trial(self, vectors: Vectors) -> Trial:
+        queries = self.queries
+        if queries is None:
+            queries = vectors.windows(QUERIES, self.seed)
+        elif len(queries) > QUERIES:
+            chosen = np.random.default_rng(self.seed).choice(len(queries), QUERIES, replace=False)
+            queries = queries[np.sort(chosen)]
+        return Trial(vectors, queries)
+
+
+def _numbers(kind: str, vectors: Vectors) -> list[int | None]:
+    return [*list_numbers(len(vectors))] if KINDS[kind].LISTS else [None]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fastlvm.retrieval import faiss_file
-from fastlvm.retrieval.searcher import Searcher, Shape
+from fastlvm.retrieval.faiss_file import HNSW_EFFORT, HNSW_LINKS, HNSW_MOST
+from fastlvm.retrieval.searcher import NEIGHBOURS, Searcher, Shape
 from fastlvm.retrieval.vectors import Vectors
 
 ROWS_PER_LIST = 39  # FAISS's own minimum of training rows per centroid
@@ -19,6 +22,7 @@ _FILE = "index.faiss"
 class _Faiss(Searcher):
     """What the FAISS kinds share; they differ in how the index is built and in its setting."""
 
+    NAME: ClassVar[str]
     FILES = (_FILE,)
     SETTING: ClassVar[str | None] = None
     LISTS: ClassVar[bool] = False
@@ -28,7 +32,7 @@ class _Faiss(Searcher):
 
     @classmethod
     def open(cls, folder: Path, shape: Shape) -> Searcher:
-        return cls(faiss_file.read(folder / _FILE, shape.dim, shape.count, shape.nlist, shape.setting))
+        return cls(faiss_file.read(folder / _FILE, cls.NAME, shape))
 
     def save(self, folder: Path) -> None:
         import faiss
@@ -68,6 +72,8 @@ class _Faiss(Searcher):
 class Flat(_Faiss):
     """Exact."""
 
+    NAME = "flat"
+
     @classmethod
     def build(cls, vectors: Vectors, nlist: int | None, seed: int) -> Searcher:
         import faiss
@@ -78,18 +84,20 @@ class Flat(_Faiss):
         return cls(index)
 
 
-class IvfFlat(_Faiss):
-    """Inverted lists of float32 vectors; the centroids are trained on a seeded sample of 39 rows a list."""
+class _Lists(_Faiss):
+    """Inverted lists; the centroids are trained on a seeded sample of 39 rows a list."""
 
     SETTING = "nprobe"
     LISTS = True
 
+    @staticmethod
+    def empty(dim: int, nlist: int) -> Any:
+        raise NotImplementedError
+
     @classmethod
     def build(cls, vectors: Vectors, nlist: int | None, seed: int) -> Searcher:
-        import faiss
-
         assert nlist is not None
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.dim), vectors.dim, nlist, faiss.METRIC_INNER_PRODUCT)
+        index = cls.empty(vectors.dim, nlist)
         index.cp.seed = seed % (1 << 31)
         index.cp.min_points_per_centroid = 1  # small indexes are asked for by name; FAISS would warn on stderr
         index.train(vectors.sample(ROWS_PER_LIST * nlist, seed))
@@ -115,6 +123,94 @@ class IvfFlat(_Faiss):
         sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
         rows = np.where(probed >= 0, sizes[probed], 0).sum(axis=1).mean()
         return float(4 * index.d * index.nlist + index.code_size * rows)
+
+
+class IvfFlat(_Lists):
+    """Inverted lists of float32 vectors."""
+
+    NAME = "ivf_flat"
+
+    @staticmethod
+    def empty(dim: int, nlist: int) -> Any:
+        import faiss
+
+        return faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
+
+
+class IvfSq8(_Lists):
+    """Inverted lists of what vectors differ from their centroid by, one byte a component."""
+
+    NAME = "ivf_sq8"
+
+    @staticmethod
+    def empty(dim: int, nlist: int) -> Any:
+        import faiss
+
+        kind = faiss.ScalarQuantizer.QT_8bit
+        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, nlist, kind, faiss.METRIC_INNER_PRODUCT, True)
+
+    @property
+    def error(self) -> float:
+        return _rounding(self._index.sq)
+
+
+class Hnsw(_Faiss):
+    """A graph of near neighbours over float32 vectors."""
+
+    NAME = "hnsw"
+    SETTING = "ef_search"
+
+    @classmethod
+    def build(cls, vectors: Vectors, nlist: int | None, seed: int) -> Searcher:
+        faiss = _untyped()
+        index = faiss.IndexHNSWFlat(vectors.dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.rng = faiss.RandomGenerator(seed % (1 << 31))
+        index.hnsw.efConstruction = HNSW_EFFORT
+        with _one_thread():  # several link the vectors in an order that changes from run to run
+            for _, block in vectors.blocks():
+                index.add(block)
+        return cls(index)
+
+    @property
+    def setting(self) -> int | None:
+        return int(self._index.hnsw.efSearch)
+
+    @setting.setter
+    def setting(self, value: int | None) -> None:
+        self._index.hnsw.efSearch = value
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """FAISS takes as many candidates as results if that is more, so a smaller setting would say nothing."""
+        least = min(NEIGHBOURS, self._index.ntotal)
+        return least, max(least, min(HNSW_MOST, self._index.ntotal))
+
+
+def _untyped() -> Any:
+    """FAISS without its type stubs, which lack much of HNSW."""
+    import faiss
+
+    return faiss
+
+
+def _rounding(quantizer: Any) -> float:
+    """Six standard deviations of the score of a vector of length 1, its components rounded to steps of their own."""
+    import faiss
+
+    ranges = faiss.vector_to_array(quantizer.trained)[quantizer.d :].astype(np.float64)
+    return float(6 * np.sqrt(np.mean((ranges / 255) ** 2) / 12))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def _most_distinct(excluded: np.ndarray) -> int:

@@ -7,7 +7,6 @@ given, and `index.json` with what it was built from and the SHA-256 of every oth
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,40 +14,20 @@ import numpy as np
 
 from fastlvm.data import Payload, Space
 from fastlvm.data.npz import map_array
-from fastlvm.errors import InputError, IntegrityError, shown
-from fastlvm.files import (
-    ID,
-    Entries,
-    atomic_folder,
-    check_files,
-    holds_digests,
-    read_json,
-    sha256_file,
-    sha256_json,
-    whole_number,
-    write_json,
-    wrong_entry,
-)
+from fastlvm.errors import InputError, IntegrityError
+from fastlvm.files import atomic_folder, check_files
 from fastlvm.retrieval import build as building
+from fastlvm.retrieval import record
+from fastlvm.retrieval.faiss_file import REMEDY
 from fastlvm.retrieval.kinds import KINDS
-from fastlvm.retrieval.searcher import Searcher, Shape
+from fastlvm.retrieval.measure import Point
+from fastlvm.retrieval.record import Meta
+from fastlvm.retrieval.searcher import SETTINGS, Searcher
 from fastlvm.retrieval.vectors import Vectors, representatives
 
-FORMAT = "fastlvm-index"
-VERSION = 1
 MOST_THREADS = 1024
 
-_REMEDY = "build the index again"
-_MIXED = "it is damaged or the folder holds files of different indexes, build the index again"
-_FILES = {"keys.npy", "groups.npy"}
-_SPACE = "space.safetensors"
-_ENTRIES: Entries = {
-    **dict.fromkeys(("id", "payload_id", "space_id"), ID),
-    **dict.fromkeys(("rows", "dim"), whole_number(1)),
-    "kind": (f"one of {', '.join(KINDS)}", lambda value: isinstance(value, str) and value in KINDS),
-    "recall_at_50": ("a share or null", lambda value: value is None or (isinstance(value, float) and 0 <= value <= 1)),
-    "seed": whole_number(0),
-}
+_SPACE = record.SPACE
 
 
 class SearchResult(NamedTuple):
@@ -62,25 +41,6 @@ class SearchResult(NamedTuple):
     keys: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Meta:
-    """What index.json says beside the hashes."""
-
-    payload_id: str
-    space_id: str
-    kind: str
-    rows: int
-    dim: int
-    nlist: int | None
-    nprobe: int | None
-    recall_at_50: float | None
-    seed: int
-
-    @property
-    def id(self) -> str:
-        return sha256_json(vars(self))[:16]
-
-
 class Index:
     """Use `Index.build` or `Index.open`. `len(index)` is the number of payload rows it covers.
 
@@ -89,7 +49,7 @@ class Index:
     """
 
     def __init__(
-        self, searcher: Searcher, keys: np.ndarray, groups: np.ndarray, space: Space, meta: _Meta, own_space: bool
+        self, searcher: Searcher, keys: np.ndarray, groups: np.ndarray, space: Space, meta: Meta, own_space: bool
     ):
         self._searcher = searcher
         self._keys = keys
@@ -108,15 +68,23 @@ class Index:
         space: Space | None = None,
         nlist: int | None = None,
         nprobe: int | None = None,
+        recall: float = building.RECALL,
+        queries: np.ndarray | None = None,
         seed: int = 0,
         threads: int | None = None,
     ) -> Index:
         """Index a payload's vectors after `space.apply` (None: as they are).
 
-        kind: "flat" (exact), "ivf_flat", or "auto": flat below 50,000 rows. nlist defaults to the largest power of two
-        ≤ 4·√N (at least 39 rows a list); nprobe to the smallest at which recall@50 against exact search reaches 0.95 on
-        256 of the indexed vectors. Both are recorded with the recall measured. The same payload, space, options and
-        seed give the same index.
+        kind: "flat" (exact), "ivf_flat" (inverted lists), "ivf_sq8" (lists of one byte a component, whose scores are
+        rounded, see `score_error`), "hnsw" (a graph of neighbours), or "auto": flat below 10,000 vectors, else the kind
+        whose single query is the quickest at the wanted recall.
+
+        recall: recall@50 against exact search, the mean over `queries` float [q, dim] in the space, for example
+        predictions of validation windows; of more than 512 a seeded draw is taken. None: recency-weighted means of five
+        consecutive chunks. nprobe or ef_search is the smallest that reaches it; nlist, a power of two around 4 to
+        16·√N, the one whose search reads the fewest bytes then. Kinds and lists are compared on at most 100,000 rows of
+        whole articles, and all that was measured is the index's `curve`. The same payload, space, options and seed give
+        the same index, but for the kind that auto takes, which depends on time.
 
         threads, if given, sets FAISS's thread count for the whole process.
         """
@@ -130,20 +98,28 @@ class Index:
             raise InputError(f"space has {space.dim} dimensions and the payload {payload.dim}: fit it on this payload")
         set_threads(threads)
         groups = np.array(payload.groups, dtype=np.int64)
-        if kind == "auto":
-            kind = "flat" if len(payload) < building.FLAT_BELOW else "ivf_flat"
         vectors = Vectors(payload, space, representatives(groups))
-        built = building.build(vectors, kind, nlist=nlist, nprobe=nprobe, seed=int(seed))
-        meta = _Meta(
+        built = building.build(
+            vectors,
+            kind,
+            nlist=nlist,
+            nprobe=nprobe,
+            wanted=_checked_recall(recall),
+            queries=None if queries is None else _checked_given(queries, payload.dim),
+            seed=int(seed),
+        )
+        setting = {name: built.searcher.setting if name == built.searcher.SETTING else None for name in SETTINGS}
+        meta = Meta(
             payload_id=payload.id,
             space_id=space.id,
-            kind=kind,
+            kind=built.kind,
             rows=len(payload),
             dim=payload.dim,
             nlist=built.nlist,
-            nprobe=built.searcher.setting,
-            recall_at_50=built.recall,
+            **setting,
+            recall_at_50=None if built.searcher.SETTING is None else built.recall,
             seed=int(seed),
+            curve=tuple(built.curve),
         )
         return cls(built.searcher, np.array(payload.keys, dtype=np.int32), groups, space, meta, own_space)
 
@@ -155,9 +131,7 @@ class Index:
             np.save(path / "groups.npy", self._groups, allow_pickle=False)
             if self._own_space:
                 self.space.save(path / _SPACE)
-            files = {file.name: sha256_file(file) for file in sorted(path.iterdir())}
-            content = {"format": FORMAT, "version": VERSION, "id": self.id, **vars(self._meta), "sha256": files}
-            write_json(path / "index.json", content | {"checksum": sha256_json(content)})
+            record.write(path, self._meta)
 
     @classmethod
     def open(
@@ -170,24 +144,23 @@ class Index:
         the one of that payload.
         """
         path = Path(folder)
-        meta, files = _read_meta(path)
+        meta, files = record.read(path)
         if payload is not None and payload.id != meta.payload_id:
             raise IntegrityError(
                 f"{path} was built from payload {meta.payload_id}, and this one is {payload.id}: build an index from it"
             )
-        check_files(path, files, _REMEDY)
+        check_files(path, files, record.REMEDY)
         set_threads(threads)
-        keys = np.array(map_array(path / "keys.npy", "int32", (meta.rows, 2), _MIXED))
-        groups = np.array(map_array(path / "groups.npy", "int64", (meta.rows,), _MIXED))
+        keys = np.array(map_array(path / "keys.npy", "int32", (meta.rows, 2), REMEDY))
+        groups = np.array(map_array(path / "groups.npy", "int64", (meta.rows,), REMEDY))
         _check_groups(path / "groups.npy", groups)
-        shape = Shape(meta.dim, len(representatives(groups)), meta.nlist, meta.nprobe)
-        searcher = KINDS[meta.kind].open(path, shape)
+        searcher = KINDS[meta.kind].open(path, meta.shape(len(representatives(groups))))
         own_space = _SPACE in files
         space = Space.load(path / _SPACE) if own_space else Space.identity(meta.dim)
         if (space.dim, space.id) != (meta.dim, meta.space_id):
             raise IntegrityError(
                 f"{path / _SPACE if own_space else path} has space {space.id} of {space.dim} dimensions, "
-                f"and {meta.space_id} of {meta.dim} is wanted: {_MIXED}"
+                f"and {meta.space_id} of {meta.dim} is wanted: {REMEDY}"
             )
         return cls(searcher, keys, groups, space, meta, own_space)
 
@@ -198,7 +171,7 @@ class Index:
         integer payload rows [n, m], or [m] for all queries, -1 = none; the whole duplicate group of each is left out.
         The result is what filtering an unlimited search of the same lists would leave.
         """
-        queries = self._checked_queries(queries)
+        queries = _checked_queries(queries, self.dim)
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
         excluded = self._checked_exclude(exclude, len(queries))
@@ -214,20 +187,6 @@ class Index:
         values[:, :width] = np.where(found >= 0, scores, -np.inf)
         keys = np.where((ids >= 0)[..., None], self._keys[ids], np.int32(-1))
         return SearchResult(ids, values, keys)
-
-    def _checked_queries(self, queries: Any) -> np.ndarray:
-        array = np.asarray(queries)
-        if not np.issubdtype(array.dtype, np.floating):
-            raise InputError(f"queries is {array.dtype}, and a float array is wanted")
-        if array.ndim not in (1, 2) or array.shape[-1] != self.dim:
-            wanted = f"[n, {self.dim}] or [{self.dim}]"
-            raise InputError(f"queries has shape {list(array.shape)}, and {wanted} is wanted")
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(array.reshape(-1, self.dim), dtype=np.float32)
-        if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
-            raise InputError(f"queries row {row} holds a value that is not finite in float32: mend that query")
-        return array
 
     def _checked_exclude(self, exclude: Any, n: int) -> np.ndarray | None:
         """The searcher's ids of the groups to leave out, int64 [n, m]; -1 = none."""
@@ -250,8 +209,8 @@ class Index:
         return self._meta.rows
 
     def __repr__(self) -> str:
-        lists = "" if self.nlist is None else f", {self.nlist} lists, {self.nprobe} probed"
-        return f"Index({self.kind}, {len(self)} × {self.dim}{lists}, payload {self.payload_id})"
+        options = f", {self.options}" if self.options else ""
+        return f"Index({self.kind}, {len(self)} × {self.dim}{options}, payload {self.payload_id})"
 
     @property
     def id(self) -> str:
@@ -271,14 +230,35 @@ class Index:
         return self._meta.dim
 
     @property
+    def options(self) -> str:
+        """What the kind has of nlist, nprobe and ef_search, such as "nlist 1024, nprobe 16"; "" where it is exact."""
+        given = {"nlist": self.nlist, "nprobe": self.nprobe, "ef_search": self.ef_search}
+        return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+
+    @property
     def nlist(self) -> int | None:
-        """Inverted lists; None for a flat index."""
+        """Inverted lists; None for a kind without."""
         return self._meta.nlist
 
     @property
     def nprobe(self) -> int | None:
-        """Lists searched per query; None for a flat index."""
+        """Lists searched per query; None for a kind without."""
         return self._meta.nprobe
+
+    @property
+    def ef_search(self) -> int | None:
+        """Candidates of a search in the graph; None for a kind without."""
+        return self._meta.ef_search
+
+    @property
+    def curve(self) -> tuple[Point, ...]:
+        """What was measured when the index was built: kind, rows, options, recall@50 and ms of a single query."""
+        return self._meta.curve
+
+    @property
+    def score_error(self) -> float:
+        """How far scores of vectors of length 1 may be from inner products, beyond float32's rounding."""
+        return self._searcher.error
 
     @property
     def recall_at_50(self) -> float | None:
@@ -294,7 +274,7 @@ def _check_groups(file: Path, groups: np.ndarray) -> None:
     if not good.all():
         row = int(np.argmin(good))
         raise IntegrityError(
-            f"{file} has row {row} in group {groups[row]}, and the smallest row of one is wanted: {_REMEDY}"
+            f"{file} has row {row} in group {groups[row]}, and the smallest row of one is wanted: {record.REMEDY}"
         )
 
 
@@ -309,40 +289,34 @@ def set_threads(threads: int | None) -> None:
     faiss.omp_set_num_threads(int(threads))
 
 
-def _of_kind(kind: str) -> Entries:
-    """Entries that depend on the kind."""
-    files = {*_FILES, *KINDS[kind].FILES}
-    null = ("null", lambda value: value is None)
-    return {
-        "nlist": whole_number(1) if KINDS[kind].LISTS else null,
-        "nprobe": null if KINDS[kind].SETTING is None else whole_number(1),
-        "sha256": (
-            f"the hashes of {', '.join(sorted(files))} and perhaps {_SPACE}",
-            lambda value: holds_digests(value) and files <= set(value) <= {*files, _SPACE},
-        ),
-    }
+def _checked_queries(queries: Any, dim: int) -> np.ndarray:
+    """float32 [n, dim], C-contiguous and finite."""
+    array = np.asarray(queries)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"queries is {array.dtype}, and a float array is wanted")
+    if array.ndim not in (1, 2) or array.shape[-1] != dim:
+        raise InputError(f"queries has shape {list(array.shape)}, and [n, {dim}] or [{dim}] is wanted")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array.reshape(-1, dim), dtype=np.float32)
+    if not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        raise InputError(f"queries row {row} holds a value that is not finite in float32: mend that query")
+    return array
 
 
-def _read_meta(path: Path) -> tuple[_Meta, dict[str, str]]:
-    """index.json, checked against its own checksum."""
-    file = path / "index.json"
-    if not file.is_file():
-        raise InputError(f"{path} holds no index (index.json is missing): build one with fastlvm index build")
-    try:
-        content = read_json(file)
-    except InputError as error:
-        raise IntegrityError(f"{error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise IntegrityError(f"{file} is not an index of fastlvm: build one with fastlvm index build")
-    if content.get("version") != VERSION:
-        found = shown(content.get("version"))
-        raise IntegrityError(f"{file} has version {found}, and {VERSION} is wanted: build it again")
-    if content.pop("checksum", None) != sha256_json(content):
-        raise IntegrityError(f"{file} is damaged, its checksum does not fit: {_REMEDY}")
-    wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _of_kind(content["kind"]))
-    if wrong:
-        raise IntegrityError(f"{file} lacks what an index records ({wrong}): {_REMEDY}")
-    meta = _Meta(**{name: content[name] for name in _Meta.__dataclass_fields__})
-    if meta.id != content["id"]:
-        raise IntegrityError(f"{file} has id {content['id']}, and its entries make {meta.id}: {_REMEDY}")
-    return meta, content["sha256"]
+def _checked_given(queries: Any, dim: int) -> np.ndarray:
+    """Queries to measure with."""
+    array = _checked_queries(queries, dim)
+    if not len(array):
+        raise InputError("queries is empty: leave it out, or give some to measure recall with")
+    if not array.any(axis=1).all():
+        row = int(np.argmin(array.any(axis=1)))
+        raise InputError(f"queries row {row} is all zeros, which is as near to every vector: leave that query out")
+    return array
+
+
+def _checked_recall(recall: Any) -> float:
+    number = isinstance(recall, (int, float, np.integer, np.floating)) and not isinstance(recall, bool)
+    if not number or not 0 < recall <= 1:
+        raise InputError(f"recall is {recall!r}, and a share above 0 and up to 1 is wanted")
+    return float(recall)

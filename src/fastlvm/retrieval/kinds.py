@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fastlvm.retrieval.faiss_kinds import Flat, IvfFlat
+from fastlvm.retrieval.faiss_kinds import Flat, Hnsw, IvfFlat, IvfSq8
 from fastlvm.retrieval.searcher import Searcher
 
 KINDS: dict[str, type[Searcher]] = {
     "flat": Flat,
     "ivf_flat": IvfFlat,
+    "ivf_sq8": IvfSq8,
+    "hnsw": Hnsw,
 }

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fastlvm.retrieval.vectors import Vectors
 
+NEIGHBOURS = 50
+"""How many neighbours recall is measured over."""
 
-class Shape(NamedTuple):
+SETTINGS = ("nprobe", "ef_search")
+"""Names that the setting of a kind may have."""
+
+
+@dataclass(frozen=True)
+class Shape:
     """What index.json says of a searcher: `count` vectors of `dim` floats, in `nlist` lists, and its setting."""
 
     dim: int
