@@ -22,6 +22,7 @@ from fastlvm.console import (
     parse_split,
     print_example,
     print_found,
+    print_index,
     print_latency,
     read_array,
     show,
@@ -184,25 +185,28 @@ def windows_verify(
     typer.echo(str(Windows.open(windows).verify(Payload.open(payload))))
 
 
-@command(index_app, "build", "fastlvm index build payload --kind auto --space run --out index")
+@command(index_app, "build", "fastlvm index build payload --kind auto --recall 0.95 --space run --out index")
 def index_build(
     payload: Annotated[Path, typer.Argument(help="payload folder")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    kind: Annotated[str, typer.Option(help="auto, flat or ivf_flat")] = "auto",
+    kind: Annotated[str, typer.Option(help="auto, flat, ivf_flat, ivf_sq8 or hnsw")] = "auto",
     space: Annotated[Path | None, typer.Option(help="run folder or space file the vectors are moved by")] = None,
-    nlist: Annotated[int | None, typer.Option(help="inverted lists, chosen for the size when absent")] = None,
+    recall: Annotated[float, typer.Option(help="recall@50 against exact search to reach")] = 0.95,
+    nlist: Annotated[int | None, typer.Option(help="inverted lists, measured when absent")] = None,
     nprobe: Annotated[int | None, typer.Option(help="lists probed, measured when absent")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the training sample")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the training sample and of the queries")] = 0,
 ) -> None:
-    """Build a FAISS index over every chunk of a payload."""
+    """Build an index over every chunk of a payload, as quick as the wanted recall allows."""
     from fastlvm import Index, Payload, Space
 
     check_new_folder(out)
     moved = Space.load(space / "space.safetensors" if space.is_dir() else space) if space else None
-    index = Index.build(Payload.open(payload), kind=kind, space=moved, nlist=nlist, nprobe=nprobe, seed=seed)
+    index = Index.build(
+        Payload.open(payload), kind=kind, space=moved, nlist=nlist, nprobe=nprobe, recall=recall, seed=seed
+    )
     index.save(out)
-    shape = f"nlist {index.nlist}, nprobe {index.nprobe}" if index.kind != "flat" else "exact"
-    typer.echo(f"{index.kind} index of {len(index)} rows ({shape}) written to {out}")
+    print_index(index)
+    typer.echo(f"{index.kind} index of {len(index)} rows ({index.options or 'exact'}) written to {out}")
 
 
 @command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from fastlvm.evaluation.latency import Latency
+    from fastlvm.retrieval import Index
     from fastlvm.training import RunSummary
 
 INTERRUPTED = 130
@@ -235,6 +236,23 @@ def print_latency(
         shown = (f"{parts[phase]:.1f}" if phase in parts else "" for phase in phases)
         layers.add_row(name, *shown, f"{sum(parts.values()):.1f}")
     show(layers)
+
+
+def print_index(index: Index) -> None:
+    """What was measured when an index was built: by kind, rows and lists the settings tried, those taken marked."""
+    from rich.table import Table
+
+    if not index.curve:
+        return
+    table = Table(title="recall@50 against exact search, and ms for one query")
+    for title in ("kind", "rows", "nlist", "nprobe", "ef_search", "recall@50", "ms"):
+        table.add_column(title, justify="left" if title == "kind" else "right")
+    for point in sorted(index.curve, key=lambda point: [value or 0 for value in point[1:5]]):
+        options = ("" if value is None else str(value) for value in (point.nlist, point.nprobe, point.ef_search))
+        taken = point[:5] == (index.kind, index.curve[-1].rows, index.nlist, index.nprobe, index.ef_search)
+        figures = f"{point.recall_at_50:.4f}", f"{point.ms:.3f}"
+        table.add_row(point.kind, f"{point.rows:,}", *options, *figures, style="bold" if taken else None)
+    show(table)
 
 
 def print_found(found: Any, *, single: bool, as_json: bool) -> None:

@@ -58,10 +58,20 @@ def test_index_with_and_without_a_space(made, tmp_path):
     plain = tmp_path / "plain"
     printed = ok("index", "build", made.payload, "--kind", "ivf_flat", "--nlist", 4, "--nprobe", 2, "--out", plain)
     assert "ivf_flat index of 112 rows (nlist 4, nprobe 2)" in printed
+    assert "recall@50" in printed and "0.9" not in made.indexed  # flat without measuring
     vector = Payload.open(made.payload).take([3])
     assert Index.open(plain).search(vector, 1).ids[0, 0] == 3
     by_file = ok("index", "build", made.payload, "--space", made.run / "space.safetensors", "--out", tmp_path / "same")
     assert "flat" in by_file and Index.open(tmp_path / "same").id == Index.open(made.index).id
+
+
+@pytest.mark.parametrize("kind, option", [("ivf_sq8", "nprobe"), ("hnsw", "ef_search")])
+def test_index_says_what_was_measured(made, tmp_path, kind, option):
+    printed = ok("index", "build", made.payload, "--kind", kind, "--recall", 0.9, "--out", tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    assert index.recall_at_50 >= 0.9 and f"{option} {getattr(index, option)}) written to" in printed
+    for point in index.curve:
+        assert any(kind in line and f"{point.recall_at_50:.4f}" in line for line in printed.splitlines())
 
 
 def test_train_prints_what_was_kept_and_resumes(made, tmp_path):

@@ -19,7 +19,7 @@ SYNOPSIS = {
     "windows import": "--payload --out",
     "windows export": "--payload --split --out",
     "windows verify": "--payload",
-    "index build": "--kind --out --space",
+    "index build": "--kind --out --recall --space",
     "train": "--model --payload --windows --objective --out --resume --set",
     "eval": "--payload --windows --split --out --gates",
     "export": "--index --out --precision",

@@ -95,7 +95,7 @@ def writers(made, large):
             lambda path: Payload.open(path).verify(),
         ),
         "windows build": (["windows", "build", large / "payload"], lambda path: Windows.open(path).verify(payload)),
-        "index build": (["index", "build", large / "payload"], Index.open),
+        "index build": (["index", "build", large / "payload", "--kind", "flat"], Index.open),
         "export": (["export", made.run, "--index", made.index], Predictor.load),
     }
 
