@@ -183,7 +183,7 @@ def test_bad_searches_are_refused(indexes, arguments, message):
         ({"kind": "auto", "nlist": 4}, "belong to kind"),
         ({"kind": "ivf_sq8", "nprobe": 0}, "nprobe is 0"),
         ({"kind": "ivf_sq8", "nprobe": ROWS}, "nprobe is"),
-        ({"kind": "ivf_sq8", "nprobe": 9}, "nprobe is 9, and an integer from 1 to 8"),
+        ({"kind": "ivf_sq8", "nprobe": 17}, "nprobe is 17, and an integer from 1 to 16"),
         ({"recall": 0}, "recall is 0, and a share above 0"),
         ({"recall": 1.01}, "recall is 1.01"),
         ({"recall": float("nan")}, "recall is nan"),
@@ -210,11 +210,11 @@ def test_a_space_of_another_dimension_is_refused(payload):
         Index.build(payload, space=Space.identity(DIM + 1))
 
 
-@pytest.mark.parametrize(("rows", "lists"), [(1, 1), (77, 1), (78, 2), (50_000, 512), (76_050, 1024), (584_545, 2048)])
+@pytest.mark.parametrize(("rows", "lists"), [(1, 1), (31, 1), (32, 2), (50_000, 512), (76_050, 1024), (584_545, 2048)])
 def test_lists_for_the_size(rows, lists):
     numbers = build.list_numbers(rows)
     assert numbers[0] == lists and numbers == sorted(numbers)
-    assert all(number * build.ROWS_PER_LIST <= rows or number == 1 for number in numbers)
+    assert all(number * 16 <= rows or number == 1 for number in numbers)
 
 
 def test_nprobe_is_the_smallest_that_reaches_the_recall(payload):

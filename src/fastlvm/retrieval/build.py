@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlvm.errors import InputError
-from fastlvm.retrieval.faiss_kinds import ROWS_PER_LIST
 from fastlvm.retrieval.kinds import KINDS
 from fastlvm.retrieval.measure import Point, Trial
 from fastlvm.retrieval.searcher import Searcher
@@ -34,6 +33,7 @@ PART = 100_000
 """Most vectors that kinds and numbers of lists are compared on."""
 
 _MULTIPLES = (4, 8, 16)  # lists by the square root of rows
+_ROWS_PER_LIST = 16  # at least
 
 
 class Built(NamedTuple):
@@ -88,8 +88,8 @@ def build(
 
 
 def list_numbers(rows: int) -> list[int]:
-    """Powers of two around 4, 8 and 16·√rows that leave at least 39 rows a list; 1 where there are fewer rows."""
-    bounds = [max(1, int(min(multiple * rows**0.5, rows / ROWS_PER_LIST))) for multiple in _MULTIPLES]
+    """Powers of two around 4, 8 and 16·√rows that leave at least 16 rows a list, or 1 list."""
+    bounds = [max(1, int(min(multiple * rows**0.5, rows / _ROWS_PER_LIST))) for multiple in _MULTIPLES]
     return [1 << (bound.bit_length() - 1) for bound in bounds]
 
 

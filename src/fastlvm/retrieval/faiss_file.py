@@ -20,7 +20,7 @@ from fastlvm.errors import IntegrityError, shown
 from fastlvm.retrieval.searcher import Shape
 
 REMEDY = "it is damaged or the folder holds files of different indexes, build the index again"
-HNSW_LINKS, HNSW_EFFORT = 32, 200
+HNSW_LINKS, HNSW_EFFORT = 32, 100
 """Neighbours of a vector, twice as many on the lowest level, and candidates looked at for each when it is added."""
 
 HNSW_MOST = 4096

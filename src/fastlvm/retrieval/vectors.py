@@ -28,6 +28,7 @@ class Vectors:
     def __init__(self, payload: Payload, space: Space, rows: np.ndarray) -> None:
         self.rows = rows
         self.dim = payload.dim
+        self.centroids: dict[tuple[int, int], np.ndarray] = {}  # by number and seed, for the next kind that wants them
         self._payload = payload
         self._space = space
 
