@@ -239,19 +239,19 @@ def print_latency(
 
 
 def print_index(index: Index) -> None:
-    """What was measured when an index was built: by kind, rows and lists the settings tried, those taken marked."""
+    """What was measured when an index was built, if anything was."""
     from rich.table import Table
 
     if not index.curve:
         return
     table = Table(title="recall@50 against exact search, and ms for one query")
-    for title in ("kind", "rows", "nlist", "nprobe", "ef_search", "recall@50", "ms"):
-        table.add_column(title, justify="left" if title == "kind" else "right")
-    for point in sorted(index.curve, key=lambda point: [value or 0 for value in point[1:5]]):
-        options = ("" if value is None else str(value) for value in (point.nlist, point.nprobe, point.ef_search))
-        taken = point[:5] == (index.kind, index.curve[-1].rows, index.nlist, index.nprobe, index.ef_search)
+    for title in ("kind", "rows", "nlist", "nprobe", "ef_search", "recall@50", "ms", ""):
+        table.add_column(title, justify="left" if title in ("kind", "") else "right")
+    taken = (index.kind, index.curve[-1].rows, index.nlist, index.nprobe, index.ef_search)
+    for point in sorted(index.curve, key=lambda point: (point.rows, point.kind, *(value or 0 for value in point[2:5]))):
+        options = ("" if value is None else str(value) for value in point[2:5])
         figures = f"{point.recall_at_50:.4f}", f"{point.ms:.3f}"
-        table.add_row(point.kind, f"{point.rows:,}", *options, *figures, style="bold" if taken else None)
+        table.add_row(point.kind, f"{point.rows:,}", *options, *figures, "taken" if point[:5] == taken else "")
     show(table)
 
 

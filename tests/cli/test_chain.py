@@ -72,6 +72,7 @@ def test_index_says_what_was_measured(made, tmp_path, kind, option):
     assert index.recall_at_50 >= 0.9 and f"{option} {getattr(index, option)}) written to" in printed
     for point in index.curve:
         assert any(kind in line and f"{point.recall_at_50:.4f}" in line for line in printed.splitlines())
+    assert [f"{index.recall_at_50:.4f}" in line for line in printed.splitlines() if "taken" in line] == [True]
 
 
 def test_train_prints_what_was_kept_and_resumes(made, tmp_path):

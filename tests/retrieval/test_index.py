@@ -259,9 +259,10 @@ def test_the_recall_recorded_is_the_recall(payload):
     assert abs(recall - index.recall_at_50) < 0.03  # the queries are another draw
 
 
-def test_the_same_seed_builds_the_same_index(payload, tmp_path):
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq8", "hnsw"])
+def test_the_same_seed_builds_the_same_index(payload, tmp_path, kind):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        Index.build(payload, "ivf_flat", seed=seed).save(tmp_path / name)
+        Index.build(payload, kind, seed=seed, threads=2).save(tmp_path / name)
     content = [(tmp_path / name / "index.faiss").read_bytes() for name in "abc"]
     assert content[0] == content[1] != content[2]
     ids = [Index.open(tmp_path / name).id for name in "abc"]

@@ -127,20 +127,27 @@ class _Choice:
         numbers = _numbers(kind, self.vectors)
         if len(set(numbers)) == 1 or self.part is self.vectors:
             return self.tuned(kind, self.trial(self.vectors), numbers)
-        return self.on_all(self.tuned(kind, self.trial(self.part), _numbers(kind, self.part)))
+        chosen = self.tuned(kind, self.trial(self.part), _numbers(kind, self.part))
+        return self.on_all(kind, chosen.nlist, chosen.curve)
 
     def quickest(self) -> Built:
         """The kind of the quickest single query at the wanted recall."""
         trial = self.trial(self.part)
-        tried = [self.tuned(kind, trial, _numbers(kind, self.part)) for kind in KINDS]
-        good = sorted((one for one in tried if one.recall >= self.wanted), key=lambda one: one.ms)
-        if self.part is self.vectors:
-            return good[0]
-        for one in good:  # the first, unless a kind that sufficed for the part does not for all
-            built = self.on_all(one)
+        good: list[tuple[float, str, int | None]] = []
+        best: Built | None = None  # the others make room
+        for kind in KINDS:
+            built = self.tuned(kind, trial, _numbers(kind, self.part))
             if built.recall >= self.wanted:
+                good.append((built.ms, kind, built.nlist))
+                best = built if best is None or built.ms < best.ms else best
+        assert best is not None  # flat is exact
+        if self.part is self.vectors:
+            return best
+        for _, kind, nlist in sorted(good):  # the first, unless a kind that sufficed for the part does not for all
+            best = self.on_all(kind, nlist, trial.points)
+            if best.recall >= self.wanted:
                 break
-        return built
+        return best
 
     def probing(self, kind: str, nlist: int | None, nprobe: int) -> Built:
         """A searcher that probes as many lists as was asked for; its recall is what it is."""
@@ -152,13 +159,12 @@ class _Choice:
         searcher = KINDS[kind].build(self.vectors, nlist, self.seed)
         return Built(kind, searcher, nlist, trial.point(kind, nlist, searcher, nprobe), trial.points)
 
-    def on_all(self, chosen: Built) -> Built:
+    def on_all(self, kind: str, nlist: int | None, curve: list[Point]) -> Built:
         """What was chosen on a part, built of all vectors; its curve goes on from the part's."""
-        nlist = None
-        if chosen.nlist is not None:
-            nlist = _numbers(chosen.kind, self.vectors)[_numbers(chosen.kind, self.part).index(chosen.nlist)]
-        built = self.tuned(chosen.kind, self.trial(self.vectors), [nlist])
-        return built._replace(curve=chosen.curve + built.curve)
+        if nlist is not None:
+            nlist = _numbers(kind, self.vectors)[_numbers(kind, self.part).index(nlist)]
+        built = self.tuned(kind, self.trial(self.vectors), [nlist])
+        return built._replace(curve=curve + built.curve)
 
     def tuned(self, kind: str, trial: Trial, numbers: Sequence[int | None]) -> Built:
         """The best of some numbers of lists: it reaches the recall and, of those that do, reads the fewest bytes."""

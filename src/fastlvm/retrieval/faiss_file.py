@@ -21,7 +21,11 @@ from fastlvm.retrieval.searcher import Shape
 
 REMEDY = "it is damaged or the folder holds files of different indexes, build the index again"
 HNSW_LINKS, HNSW_EFFORT = 32, 100
-"""Neighbours of a vector, twice as many on the lowest level, and candidates looked at for each when it is added."""
+"""Neighbours of a vector, twice as many on the lowest level, and candidates looked at for each when it is added.
+
+100 candidates instead of FAISS's 40 find 0.007 to 0.010 more of 50 neighbours among 76,050 vectors of 768, at 50 to 100
+candidates of a search, and take 2.3 times the time to build.
+"""
 
 HNSW_MOST = 4096
 """Most candidates of a search that an index is saved with: FAISS makes room for as many as a file says."""
