@@ -83,7 +83,7 @@ class Predictor:
             if exclude != "context":
                 raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
             exclude = self._own_rows(raw)
-        result = self.index.search(self._forward(raw), k, exclude=exclude)
+        result = self.index.predict(self._forward.model, raw, k, exclude, self._forward.threads)
         return Found(*(part[0] for part in result)) if single else Found(*result)
 
     def stream(self, state: str | os.PathLike[str] | None = None) -> Stream:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastlvm import _C
 from fastlvm.data import Payload, Space
 from fastlvm.data.npz import map_array
 from fastlvm.errors import InputError, IntegrityError
@@ -172,11 +173,22 @@ class Index:
         The result is what filtering an unlimited search of the same lists would leave.
         """
         queries = _checked_queries(queries, self.dim)
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
+        k = _checked_k(k)
         excluded = self._checked_exclude(exclude, len(queries))
-        scores, found = self._searcher.search(queries, min(int(k), len(self._rows)), excluded)
-        return self._pack(scores, found, int(k))
+        scores, found = self._searcher.search(queries, min(k, len(self._rows)), excluded)
+        return self._pack(scores, found, k)
+
+    def predict(
+        self, model: _C.Model, context: np.ndarray, k: int, exclude: np.ndarray | None = None, threads: int = 0
+    ) -> SearchResult:
+        """`search` for what a native model makes of contexts; in one call without the GIL where the kind can.
+
+        context: float32 [n, positions, dim], as the model takes it. threads: of the model and of our own scan, 0 = as
+        many as all kernels use; FAISS has its own number.
+        """
+        k = _checked_k(k)
+        excluded = self._checked_exclude(exclude, len(context))
+        return self._pack(*self._searcher.predict(model, context, min(k, len(self._rows)), excluded, threads), k)
 
     def _pack(self, scores: np.ndarray, found: np.ndarray, k: int) -> SearchResult:
         """The searcher's result over payload rows, padded to k."""
@@ -302,6 +314,12 @@ def _checked_queries(queries: Any, dim: int) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
         raise InputError(f"queries row {row} holds a value that is not finite in float32: mend that query")
     return array
+
+
+def _checked_k(k: Any) -> int:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
+    return int(k)
 
 
 def _checked_given(queries: Any, dim: int) -> np.ndarray:

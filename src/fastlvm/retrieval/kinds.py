@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastlvm.retrieval.faiss_kinds import Flat, Hnsw, IvfFlat, IvfSq8
+from fastlvm.retrieval.rabitq import IvfRabitq
 from fastlvm.retrieval.searcher import Searcher
 
 KINDS: dict[str, type[Searcher]] = {
@@ -10,4 +11,5 @@ KINDS: dict[str, type[Searcher]] = {
     "ivf_flat": IvfFlat,
     "ivf_sq8": IvfSq8,
     "hnsw": Hnsw,
+    "ivf_rabitq": IvfRabitq,
 }

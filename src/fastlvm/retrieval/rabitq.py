@@ -4,9 +4,9 @@ A vector has one bit a dimension, the signs of its residual to the list's centro
 which the lists are scanned, and eight bits a dimension, by which the best of the scan are scored. FAISS trains the
 centroids and assigns vectors to them. Files, all `.npy`; rows are in the order of the lists:
 
-signs float32 [4, dim] of the rotation; centroids int8 [nlist, dim], centroid_scales float32 [nlist]; sizes int64 [nlist];
-ids int32 [n]; bits uint8 [blocks, columns, 32], column b of a row holding dimensions 8b … 8b + 7; factors float32 [n];
-codes int8 [n, dim], scales float32 [n].
+signs float32 [4, dim] of the rotation; centroids int8 [nlist, dim] and centroid_scales float32 [nlist]; sizes int64
+[nlist]; ids int32 [n]; bits uint8 [blocks, columns, 32], column b of a row holding dimensions 8b … 8b + 7; factors
+float32 [n]; codes int8 [n, dim] and scales float32 [n].
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from fastlvm import _C
 from fastlvm.data.npz import map_array
 from fastlvm.errors import IntegrityError
 from fastlvm.retrieval import faiss_file
+from fastlvm.retrieval.faiss_kinds import centroids as trained
 from fastlvm.retrieval.searcher import Searcher, Shape
 from fastlvm.retrieval.vectors import Vectors
 
 CANDIDATES = 8
 """Rows scored by eight bits for every one that is asked for."""
 
-_ROWS_PER_LIST = 39  # FAISS's own minimum of training rows per centroid
-_ROUNDS = 10  # of k-means
 _PARTS = ("signs", "centroids", "centroid_scales", "sizes", "ids", "bits", "factors", "codes", "scales")
 
 
@@ -40,14 +39,14 @@ class IvfRabitq(Searcher):
     def __init__(self, parts: dict[str, np.ndarray], nprobe: int) -> None:
         self._parts = parts
         self.setting: int | None = nprobe
-        self.native = _C.Searcher(parts)
+        self._native = _C.Searcher(parts)
 
     @classmethod
     def build(cls, vectors: Vectors, nlist: int | None, seed: int) -> Searcher:
         assert nlist is not None
         rng = np.random.default_rng(seed)
         signs = rng.choice(np.array([-1, 1], np.float32), (_C.ROTATION_ROUNDS, vectors.dim))
-        centroids, centroid_scales = quantised(_centroids(vectors, signs, nlist, seed))
+        centroids, centroid_scales = quantised(rotated(trained(vectors, nlist, seed), signs))
         lists = _Assigned(centroids * centroid_scales[:, None], len(vectors))
         for first, block in vectors.blocks():
             lists.add(first, rotated(block, signs))
@@ -90,7 +89,17 @@ class IvfRabitq(Searcher):
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        self.native.search(queries, scores, ids, self.setting, CANDIDATES * k, exclude)
+        self._native.search(queries, scores, ids, self.setting, CANDIDATES * k, exclude)
+        return scores, ids
+
+    def predict(
+        self, model: _C.Model, context: np.ndarray, k: int, exclude: np.ndarray | None, threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """In one call without the GIL."""
+        n = len(context)
+        scores, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+        predicted = np.empty((n, model.out_dim), np.float32)
+        self._native.predict(model, context, predicted, scores, ids, self.setting, CANDIDATES * k, exclude, threads)
         return scores, ids
 
     @property
@@ -99,8 +108,8 @@ class IvfRabitq(Searcher):
 
     @property
     def error(self) -> float:
-        """Half a step of eight bits in every dimension, all to one side."""
-        return float(0.5 * self._parts["scales"].max(initial=0) * self._parts["codes"].shape[1] ** 0.5)
+        """Six standard deviations of the score of a vector of length 1, its components rounded to whole steps."""
+        return float(6 * self._parts["scales"].max(initial=0) / 12**0.5)
 
     def reads(self, queries: np.ndarray) -> float:
         sizes, centroids = self._parts["sizes"], self._parts["centroids"]
@@ -130,24 +139,13 @@ def _columns(dim: int) -> int:
     return -(-dim // 16) * 2
 
 
-def _centroids(vectors: Vectors, signs: np.ndarray, nlist: int, seed: int) -> np.ndarray:
-    """float32 [nlist, dim], by k-means on a seeded sample of 39 rows a list."""
-    import faiss
-
-    clustering = faiss.Clustering(vectors.dim, nlist)
-    clustering.seed, clustering.niter = seed % (1 << 31), _ROUNDS
-    clustering.min_points_per_centroid = 1  # small indexes are asked for by name; FAISS would warn on stderr
-    clustering.train(rotated(vectors.sample(_ROWS_PER_LIST * nlist, seed), signs), faiss.IndexFlatIP(vectors.dim))
-    return faiss.vector_to_array(clustering.centroids).reshape(nlist, vectors.dim)
-
-
 class _Assigned:
     """Rows coded and put into lists as they come, in their order."""
 
     def __init__(self, centroids: np.ndarray, rows: int) -> None:
         import faiss
 
-        nlist, dim = centroids.shape
+        dim = centroids.shape[1]
         self._centroids = centroids
         self._index = faiss.IndexFlatIP(dim)
         self._index.add(centroids)

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from fastlvm import _C
 from fastlvm.retrieval.vectors import Vectors
 
 NEIGHBOURS = 50
@@ -61,6 +62,14 @@ class Searcher(Protocol):
         found, in any order, perhaps repeated, -1 = none.
         """
         ...
+
+    def predict(
+        self, model: _C.Model, context: np.ndarray, k: int, exclude: np.ndarray | None, threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for what a model makes of contexts float32 [n, positions, dim]; threads: of what is our own."""
+        predicted = np.empty((len(context), model.out_dim), np.float32)
+        model.run(context, predicted, threads)
+        return self.search(predicted, k, exclude)
 
     @property
     def bounds(self) -> tuple[int, int]:
