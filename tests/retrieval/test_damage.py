@@ -73,8 +73,8 @@ def refused(folder, file, says):
         ({"kind": "flat", "nlist": None, "nprobe": None}, "kind"),
         ({"nlist": None}, "nlist is None"),
         ({"nlist": 7}, "lists"),
-        ({"nprobe": 9}, "8 probes, and wants 9"),
-        ({"nprobe": 3}, "probe"),
+        ({"nprobe": 9}, "nprobe 9 of 8 lists"),
+        ({"nprobe": 3}, "8 probes, and wants 3"),
         ({"recall_at_50": "all"}, "recall_at_50 is 'all'"),
         ({"seed": -1}, "seed is -1"),
         ({"payload_id": ["a\nb"]}, "payload_id is "),
@@ -135,7 +135,7 @@ def test_options_of_another_kind_are_refused(indexes, tmp_path, kind):
         refused(folder, "index.json", f"{name} is")
         rehashed(folder, **{name: given})
         if given is not None and name != "nlist":
-            rehashed(folder, **{name: given + 1})
+            rehashed(folder, **{name: given - 1})
             refused(folder, "index.faiss", "and wants")
             rehashed(folder, **{name: given})
     Index.open(folder)

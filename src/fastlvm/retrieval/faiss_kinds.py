@@ -158,7 +158,7 @@ class IvfSq8(_Lists):
 
 
 class Hnsw(_Faiss):
-    """A graph of near neighbours over float32 vectors: with one byte a component it was slower and its scores rounded."""
+    """A graph of near neighbours over float32 vectors: of one byte a component it was slower, its scores rounded."""
 
     NAME = "hnsw"
     SETTING = "ef_search"

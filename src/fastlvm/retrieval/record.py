@@ -104,6 +104,8 @@ def read(path: Path) -> tuple[Meta, dict[str, str]]:
     wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _of_kind(content["kind"]))
     if wrong:
         raise IntegrityError(f"{file} lacks what an index records ({wrong}): {REMEDY}")
+    if content["nprobe"] is not None and content["nprobe"] > content["nlist"]:
+        raise IntegrityError(f"{file} has nprobe {content['nprobe']} of {content['nlist']} lists: {REMEDY}")
     entries = {name: content[name] for name in Meta.__dataclass_fields__}
     meta = Meta(**entries | {"curve": tuple(Point(**point) for point in content["curve"])})
     if meta.id != content["id"]:
