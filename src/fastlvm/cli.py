@@ -189,7 +189,7 @@ def windows_verify(
 def index_build(
     payload: Annotated[Path, typer.Argument(help="payload folder")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    kind: Annotated[str, typer.Option(help="auto, flat, ivf_flat, ivf_sq8 or hnsw")] = "auto",
+    kind: Annotated[str, typer.Option(help="auto, flat, ivf_flat, ivf_sq8, hnsw or ivf_rabitq")] = "auto",
     space: Annotated[Path | None, typer.Option(help="run folder or space file the vectors are moved by")] = None,
     recall: Annotated[float, typer.Option(help="recall@50 against exact search to reach")] = 0.95,
     nlist: Annotated[int | None, typer.Option(help="inverted lists, measured when absent")] = None,

@@ -1,6 +1,6 @@
 """How the searcher of a payload is filled, and how its kind, its lists and its setting are chosen by measurement.
 
-Kinds and numbers of lists are compared on a part of whole articles, at most 100,000 rows; the setting is then measured
+Kinds and numbers of lists are compared on a part of whole articles, at most 50,000 rows; the setting is then measured
 on all rows. Of several numbers of lists that one is taken whose search reads the fewest bytes at the wanted recall, so
 that a seed always gives the same; only the kind that "auto" takes depends on time.
 """
@@ -29,7 +29,7 @@ RECALL = 0.95
 QUERIES = 512
 """Queries that recall is measured on; of more that are given, a seeded draw of as many."""
 
-PART = 100_000
+PART = 50_000
 """Most vectors that kinds and numbers of lists are compared on."""
 
 _MULTIPLES = (4, 8, 16)  # lists by the square root of rows

@@ -83,7 +83,7 @@ class Index:
         recall: recall@50 against exact search, the mean over `queries` float [q, dim] in the space, for example
         predictions of validation windows; of more than 512 a seeded draw is taken. None: recency-weighted means of five
         consecutive chunks. nprobe or ef_search is the smallest that reaches it; nlist, a power of two around 4 to
-        16·√N, the one whose search reads the fewest bytes then. Kinds and lists are compared on at most 100,000 rows of
+        16·√N, the one whose search reads the fewest bytes then. Kinds and lists are compared on at most 50,000 rows of
         whole articles, and all that was measured is the index's `curve`. The same payload, space, options and seed give
         the same index, but for the kind that auto takes, which depends on time.
 
