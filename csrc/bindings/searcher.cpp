@@ -2,6 +2,7 @@
 #include "search/searcher.h"
 
 #include <algorithm>
+#include <deque>
 
 #include "bindings/bindings.h"
 #include "predictor/model.h"
@@ -16,7 +17,12 @@ template <class T>
 py::buffer_info contiguous(const char* name, py::handle object, std::initializer_list<int64_t> shape, bool writable) {
   if (!PyObject_CheckBuffer(object.ptr()))
     fail(std::string(name) + ": got " + Py_TYPE(object.ptr())->tp_name + ", wants an array");
-  py::buffer_info found = py::reinterpret_borrow<py::buffer>(object).request(writable);
+  py::buffer_info found;
+  try {
+    found = py::reinterpret_borrow<py::buffer>(object).request(writable);
+  } catch (const py::error_already_set& error) {
+    fail(std::string(name) + ": " + std::string(py::str(error.value())));
+  }
   std::string wanted, got;
   bool fits = found.item_type_is_equivalent_to<T>() && found.ndim == static_cast<py::ssize_t>(shape.size());
   size_t axis = 0;
@@ -59,9 +65,11 @@ class Holder {
     const int64_t columns = 2 * Searcher::pairs_of(source.dim);
     const auto hold = [&](auto*& to, const char* name, std::initializer_list<int64_t> shape) {
       using T = std::remove_const_t<std::remove_reference_t<decltype(*to)>>;
-      to = static_cast<const T*>(contiguous<T>(name, part(name), shape, false).ptr);
+      arrays_.push_back(contiguous<T>(name, part(name), shape, false));
+      to = static_cast<const T*>(arrays_.back().ptr);
     };
     hold(source.codes, "codes", {source.rows, source.dim});
+    hold(source.sizes, "sizes", {source.nlist});
     hold(source.signs, "signs", {rotation_rounds, source.dim});
     hold(source.centroids, "centroids", {source.nlist, source.dim});
     hold(source.centroid_scales, "centroid_scales", {source.nlist});
@@ -72,14 +80,13 @@ class Holder {
     if (std::any_of(source.ids, source.ids + source.rows, [](int32_t id) { return id < 0; }))
       fail("ids: wants 0 or more");
     searcher_ = std::make_unique<Searcher>(source);
-    for (const auto item : parts) arrays_.append(item.second);
   }
 
   const Searcher& operator*() const { return *searcher_; }
   const Searcher* operator->() const { return searcher_.get(); }
 
  private:
-  py::list arrays_;
+  std::deque<py::buffer_info> arrays_;  // held, so that none moves
   std::unique_ptr<Searcher> searcher_;
 };
 
@@ -134,6 +141,7 @@ void predict(const Holder& searcher, const Model& model, py::handle context, py:
 void rotate(py::handle signs, py::handle rows) {
   const py::buffer_info to = contiguous<float>("rows", rows, {-1, -1}, true);
   const int64_t dim = to.shape[1];
+  if (dim < 1) fail("rows: wants one column or more");
   const auto* const given =
       static_cast<const float*>(contiguous<float>("signs", signs, {rotation_rounds, dim}, false).ptr);
   call_without_gil([&] {
