@@ -1,0 +1,615 @@
+"""Inverted lists of RaBitQ codes: what is found by our own scan, against FAISS and numpy in float64."""
+
+from __future__ import annotations
+
+import array
+import os
+import threading
+
+import faiss
+import numpy as np
+import pytest
+
+from fastlvm import _C
+from fastlvm.data import Payload
+from fastlvm.retrieval import Index
+from fastlvm.retrieval.rabitq import IvfRabitq, quantised, rotated
+from fastlvm.retrieval.vectors import Vectors
+
+EPS = float(np.finfo(np.float32).eps)
+SIZES = (0, 1, 1500, 33, 0, 31, 64, 5)  # rows around each centroid; a scan takes 1024 at once, in blocks of 32
+FULL = (40, 1, 1100, 33, 90, 31, 64, 5)
+QUERIES = 5
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    isa, threads = _C.isa(), _C.get_num_threads()
+    yield
+    _C.set_isa(isa)
+    _C.set_num_threads(threads)
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    _C.set_isa(request.param)
+    return request.param
+
+
+class Given(Vectors):
+    """Vectors that are no payload's."""
+
+    def __init__(self, vectors):
+        self.rows, self.dim, self.centroids = np.arange(len(vectors)), vectors.shape[1], {}
+        self._vectors = vectors
+
+    def take(self, ids):
+        return self._vectors[ids]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
+
+
+def crowds(dim, sizes=SIZES, seed=0):
+    """Vectors, and the centroids that as many of them as `sizes` says lie around, in no order."""
+    centroids = normal(len(sizes), dim, seed=seed)
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    owners = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return centroids[owners] + np.float32(0.3 / dim**0.5) * normal(len(owners), dim, seed=seed + 1), centroids
+
+
+_BUILT = {}
+
+
+def built(dim, sizes=SIZES):
+    """The searcher of `crowds`, the same in every test."""
+    if (dim, sizes) not in _BUILT:
+        rows, centroids = crowds(dim, sizes)
+        vectors = Given(rows)
+        vectors.centroids[len(sizes), 0] = centroids
+        _BUILT[dim, sizes] = IvfRabitq.build(vectors, len(sizes), 0)
+    return _BUILT[dim, sizes]
+
+
+def search(searcher, queries, k, nprobe, candidates, excluded=None, threads=0):
+    scores, ids = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+    searcher._native.search(queries, scores, ids, nprobe, candidates, excluded, threads)
+    return scores, ids
+
+
+def same(got, wanted):
+    """To the last bit."""
+    return all(one.tobytes() == other.tobytes() for one, other in zip(got, wanted, strict=True))
+
+
+class Plain:
+    """What a searcher's files say, in float64: rows by their ids."""
+
+    def __init__(self, searcher):
+        parts = searcher._parts
+        self.signs, sizes = parts["signs"], parts["sizes"]
+        self.dim, self.nlist, self.n = self.signs.shape[1], len(sizes), int(sizes.sum())
+        blocks = -(-sizes // _C.BLOCK_ROWS)
+        begins = np.cumsum(blocks) - blocks
+        places = np.concatenate([_C.BLOCK_ROWS * b + np.arange(size) for b, size in zip(begins, sizes, strict=True)])
+        columns = parts["bits"].transpose(0, 2, 1).reshape(-1, parts["bits"].shape[1])[places]
+        order = np.argsort(parts["ids"])
+        self.list = np.repeat(np.arange(self.nlist), sizes)[order]
+        self.bits = (2.0 * np.unpackbits(columns, axis=1, bitorder="little")[:, : self.dim] - 1)[order]
+        self.factors = parts["factors"].astype(np.float64)[order]
+        self.decoded = (parts["codes"] * parts["scales"][:, None])[order]
+        self.centroids = parts["centroids"] * parts["centroid_scales"].astype(np.float64)[:, None]
+
+    def moved(self, queries):
+        return rotated(queries, self.signs)
+
+    def scores(self, queries):
+        """[q, n], and how far float32 may be from them: a rounding of every product and sum, twice that for FAISS."""
+        moved, rows = self.moved(queries).astype(np.float64), self.decoded.astype(np.float64)
+        return moved @ rows.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(rows).T)
+
+    def near(self, queries):
+        """<q, c> [q, nlist], and how far they may be: components of a query are rounded to steps of the largest/127."""
+        moved = self.moved(queries).astype(np.float64)
+        half = np.abs(moved).max(axis=1, keepdims=True) / 254
+        found = moved @ self.centroids.T
+        return found, (half * np.abs(self.centroids).sum(axis=1)) * (1 + 4 * EPS) + 4 * EPS * np.abs(found)
+
+    def estimates(self, queries):
+        """factor <q, sign r> [q, n], and how far the scan's may be.
+
+        An entry of the table is a whole number of steps, 63 of them (fewer where 16 bits would not hold all) for the
+        sum of sizes of the four coordinates where that is largest; it counts twice. So each is off by half a step.
+        """
+        moved = self.moved(queries).astype(np.float64)
+        pairs = -(-self.dim // 16)
+        fours = np.abs(np.pad(moved, ((0, 0), (0, 16 * pairs - self.dim)))).reshape(len(moved), -1, 4).sum(axis=2)
+        step = 2 * fours.max(axis=1) / min(63, 65535 // (4 * pairs))
+        off = (
+            -(-self.dim // 4) * (0.5 + 64 * 8 * EPS) * step
+        )  # 8 roundings of numbers up to 64 before an entry is whole
+        off += (self.dim + 8) * EPS * fours.sum(axis=1)
+        return self.factors * (moved @ self.bits.T), self.factors * off[:, None]
+
+
+@pytest.mark.parametrize("dim", (16, 37, 100, 768))
+def test_the_crowds_are_the_lists(dim):
+    """What the tests below rest on."""
+    for sizes in (SIZES, FULL):
+        assert tuple(built(dim, sizes)._parts["sizes"]) == sizes
+
+
+@pytest.mark.parametrize("dim", (1, 5, 16, 37, 100, 256, 768))
+@pytest.mark.parametrize("threads", (1, 3))
+def test_all_candidates_of_all_lists_are_scored_as_faiss_scores_the_decoded_rows(isa, dim, threads):
+    _C.set_num_threads(threads)
+    searcher, queries = built(dim), normal(QUERIES, dim, seed=3)
+    plain = Plain(searcher)
+    flat = faiss.IndexFlatIP(dim)
+    flat.add(plain.decoded)
+    for k in (1, 50, plain.n):
+        wanted, _ = flat.search(plain.moved(queries), k)
+        exact, bound = plain.scores(queries)
+        for given in (queries, queries[:1]):
+            scores, ids = search(searcher, given, k, plain.nlist, plain.n)
+            for i in range(len(given)):
+                assert len(set(ids[i])) == k
+                best = np.sort(exact[i])[::-1][:k]
+                most = bound[i].max()
+                assert (np.abs(scores[i] - exact[i, ids[i]]) <= bound[i, ids[i]]).all()
+                assert (np.abs(scores[i] - wanted[i]) <= 2 * most).all() and (np.diff(scores[i]) <= 0).all()
+                assert (
+                    exact[i, ids[i]] >= best - 2 * most
+                ).all()  # the same ids, but where scores are as good as equal
+
+
+@pytest.mark.parametrize("dim", (5, 16, 37, 100, 768))
+@pytest.mark.parametrize("threads", (1, 3))
+def test_candidates_are_the_best_by_the_estimate(isa, dim, threads):
+    searcher, queries = built(dim), normal(12, dim, seed=4)
+    plain = Plain(searcher)
+    estimates, table = plain.estimates(queries)
+    near, rounding = plain.near(queries)
+    for candidates in (1, 7, 60):
+        for given in (queries, queries[:1]):
+            _, ids = search(searcher, given, candidates, plain.nlist, candidates, threads=threads)
+            for i in range(len(given)):
+                taken = np.isin(np.arange(plain.n), ids[i])
+                assert taken.sum() == candidates
+                for within in [
+                    plain.list == number for number in range(plain.nlist)
+                ]:  # of one list: with the same <q, c>
+                    in_, out = taken & within, ~taken & within
+                    lower = (estimates[i] + table[i])[in_].min(initial=np.inf)
+                    assert lower >= (estimates[i] - table[i])[out].max(initial=-np.inf) - EPS * np.abs(near[i]).max()
+                whole = estimates[i] + near[i, plain.list]
+                off = table[i] + rounding[i, plain.list]
+                assert (whole + off)[taken].min() >= (whole - off)[~taken].max()
+
+
+def test_the_estimate_is_worth_its_candidates(isa):
+    """Were it noise, a tenth of the rows would hold a tenth of the best: of one list, so that centroids say nothing."""
+    dim = 100
+    rows = normal(3000, dim)
+    vectors = Given(rows)
+    vectors.centroids[1, 0] = np.zeros((1, dim), np.float32)
+    searcher = IvfRabitq.build(vectors, 1, 0)
+    queries = normal(20, dim, seed=5)
+    _, wanted = search(searcher, queries, 10, 1, 3000)
+    _, found = search(searcher, queries, 10, 1, 300)
+    assert np.mean([np.isin(found[i], wanted[i]).mean() for i in range(20)]) > 0.95
+
+
+@pytest.mark.parametrize("sizes", (SIZES, FULL), ids=("empty lists", "no empty list"))
+@pytest.mark.parametrize("dim", (16, 100))
+def test_only_the_nearest_lists_are_searched(isa, dim, sizes):
+    searcher, queries = built(dim, sizes), normal(10, dim, seed=6)
+    plain = Plain(searcher)
+    near, rounding = plain.near(queries)
+    there = np.array(sizes) > 0
+    for nprobe in range(1, plain.nlist + 1):
+        _, ids = search(searcher, queries, plain.n, nprobe, plain.n)
+        for i in range(len(queries)):
+            probed = np.bincount(plain.list[ids[i][ids[i] >= 0]], minlength=plain.nlist)
+            assert ((probed == 0) | (probed == sizes)).all()
+            in_, out = probed > 0, there & (probed == 0)
+            assert nprobe - (~there).sum() <= in_.sum() <= nprobe
+            if in_.any() and out.any():
+                assert (near[i] + rounding[i])[in_].min() >= (near[i] - rounding[i])[out].max()
+
+
+@pytest.mark.parametrize("dim", (37, 256))
+def test_an_answer_depends_on_its_query_alone(isa, dim):
+    """Alone or in a batch, on any number of threads, to the last bit."""
+    searcher, queries = built(dim), normal(200, dim, seed=7)
+    _C.set_num_threads(1)
+    wanted = search(searcher, queries, 10, 5, 20)
+    for threads in (1, 2, 3, 7):
+        _C.set_num_threads(threads)
+        for n in (2, 63, 64, 65, 200):
+            assert same(search(searcher, queries[:n], 10, 5, 20), [part[:n] for part in wanted])
+        for i in range(0, 200, 7):
+            alone = [part[i : i + 1] for part in wanted]
+            assert same(search(searcher, queries[i : i + 1], 10, 5, 20), alone)
+            assert same(search(searcher, queries[i : i + 1], 10, 5, 20, threads=3 + i % 3), alone)
+
+
+def test_several_python_threads_at_once(isa):
+    searcher, queries = built(37), normal(70, 37, seed=8)
+    wanted = search(searcher, queries, 10, 5, 20)
+    _C.set_num_threads(3)
+    wrong = []
+
+    def work(seat):
+        for turn in range(40):
+            first, n = (7 * turn + seat) % 69, (1, 1, 2, 66)[(turn + seat) % 4]
+            got = search(searcher, queries[first : first + n], 10, 5, 20, threads=turn % 4)
+            if not same(got, [part[first : first + n] for part in wanted]):
+                wrong.append((seat, turn))
+
+    threads = [threading.Thread(target=work, args=(seat,)) for seat in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_finds_the_same():
+    searcher, queries = built(37), normal(70, 37, seed=8)
+    _C.set_num_threads(2)
+    wanted = search(searcher, queries, 10, 5, 20)
+    child = os.fork()
+    if child == 0:
+        good = False
+        try:
+            good = same(search(searcher, queries, 10, 5, 20), wanted)
+            good = good and same(search(searcher, queries[:1], 10, 5, 20), [part[:1] for part in wanted])
+        finally:
+            os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+def test_exclusions_are_what_filtering_would_leave(isa, threads):
+    _C.set_num_threads(threads)
+    dim, k = 37, 9
+    searcher, queries = built(dim), normal(QUERIES, dim, seed=9)
+    rng = np.random.default_rng(0)
+    for candidates in (60, 2000):
+        scores, ids = search(searcher, queries, 40, 6, candidates)
+        chosen = np.stack([rng.permutation(row)[:20] for row in ids])
+        chosen = np.concatenate([chosen, chosen[:, :5], np.full((QUERIES, 6), -1)], axis=1)
+        chosen = np.ascontiguousarray(rng.permuted(chosen, axis=1))
+        got_scores, got = search(searcher, queries, k, 6, candidates, chosen)
+        for i in range(QUERIES):
+            kept = ~np.isin(ids[i], chosen[i])
+            np.testing.assert_array_equal(got[i], ids[i][kept][:k])
+            np.testing.assert_array_equal(got_scores[i], scores[i][kept][:k])
+        for none in (None, np.full((QUERIES, 4), -1), np.empty((QUERIES, 0), np.int64)):
+            assert same(search(searcher, queries, k, 6, candidates, none), [scores[:, :k], ids[:, :k]])
+
+
+def test_as_many_as_are_excluded_are_looked_at_beside_k(isa):
+    searcher, query = built(37), normal(1, 37, seed=10)
+    _, ids = search(searcher, query, 50, 8, 50)
+    _, best = search(searcher, query, 10, 8, 1, ids[:, :40].copy())
+    np.testing.assert_array_equal(best, ids[:, 40:])
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+def test_where_too_few_rows_are_found_ids_are_minus_one(isa, threads):
+    _C.set_num_threads(threads)
+    dim = 37
+    searcher, queries = built(dim), normal(QUERIES, dim, seed=11)
+    n = Plain(searcher).n
+
+    def empty(scores, ids):
+        return (ids == -1).all() and np.isneginf(scores).all()
+
+    everything = np.tile(np.arange(n), (QUERIES, 1))
+    assert empty(*search(searcher, queries, 5, 8, 40, everything))
+    scores, ids = search(searcher, queries, 5, 8, 40, np.ascontiguousarray(everything[:, 2:]))
+    assert (np.sort(ids[:, :2]) == [0, 1]).all() and empty(scores[:, 2:], ids[:, 2:])
+    for k in (n, n + 7):
+        scores, ids = search(searcher, queries, k, 8, 1)  # more than the candidates asked for
+        assert (np.sort(ids[:, :n]) == np.arange(n)).all() and empty(scores[:, n:], ids[:, n:])
+    scores, ids = search(searcher, queries, n, 1, n)
+    for i in range(QUERIES):
+        found = (ids[i] >= 0).sum()
+        assert found in SIZES and (ids[i, :found] >= 0).all() and empty(scores[i, found:], ids[i, found:])
+
+
+def test_no_queries_no_results(isa):
+    for excluded in (None, np.empty((0, 3), np.int64)):
+        scores, ids = search(built(37), np.empty((0, 37), np.float32), 4, 2, 8, excluded)
+        assert scores.shape == ids.shape == (0, 4)
+
+
+@pytest.mark.parametrize("power", (-60, 60))
+def test_the_length_of_a_query_scales_the_scores_and_nothing_else(isa, power):
+    searcher, queries = built(37), normal(QUERIES, 37, seed=12)
+    scores, ids = search(searcher, queries, 10, 3, 20)
+    assert same(search(searcher, queries * np.float32(2.0**power), 10, 3, 20), [scores * np.float32(2.0**power), ids])
+
+
+def test_queries_that_nothing_can_be_said_of_find_rows_all_the_same(isa):
+    """All zeros: every row is as near. Not finite, which an Index refuses before: whatever it finds, it is a row."""
+    searcher = built(37)
+    scores, ids = search(searcher, np.zeros((1, 37), np.float32), 10, 8, 80)
+    assert not scores.any() and len(set(ids[0])) == 10 and ids.min() >= 0
+    for value in (np.nan, np.inf, 3e38, 1e-45):
+        queries = normal(3, 37, seed=13)
+        queries[1] = value
+        for threads in (1, 3):
+            found = search(searcher, queries, 10, 8, 80, threads=threads)
+            assert found[1].min() >= -1 and found[1].max() < Plain(searcher).n
+            for i in (0, 2):
+                assert same([part[i : i + 1] for part in found], search(searcher, queries[i : i + 1], 10, 8, 80))
+
+
+@pytest.mark.parametrize("nprobe", (1, 4, 16))
+def test_recall_is_that_of_float32_lists(isa, nprobe):
+    """On clustered vectors, of the same lists: at most 0.02 of recall@10 go with eight and one bits a component."""
+    dim, nlist, k = 64, 32, 10
+    rows, _ = crowds(dim, (100,) * 40, seed=20)
+    rows += 0.05 * normal(len(rows), dim, seed=21)
+    searcher = IvfRabitq.build(Given(rows), nlist, 0)
+    plain = Plain(searcher)
+    picked = np.random.default_rng(22).permutation(len(rows))[:50]
+    queries = rows[picked] + 0.05 * normal(50, dim, seed=23)
+    moved, moved_rows = plain.moved(queries), plain.moved(rows)
+    flat, centroids = faiss.IndexFlatIP(dim), faiss.IndexFlatIP(dim)
+    flat.add(moved_rows)
+    centroids.add(plain.centroids.astype(np.float32))
+    lists = faiss.IndexIVFFlat(centroids, dim, nlist, faiss.METRIC_INNER_PRODUCT)
+    lists.train(moved_rows)
+    lists.add(moved_rows)
+    lists.nprobe = searcher.setting = nprobe
+    _, wanted = flat.search(moved, k)
+
+    def recall(ids):
+        return np.mean([np.isin(wanted[i], ids[i]).mean() for i in range(len(queries))])
+
+    assert recall(searcher.search(queries, k)[1]) >= recall(lists.search(moved, k)[1]) - 0.02
+
+
+def hadamard(size):
+    """Of 2^k coordinates, lengths kept."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix / np.sqrt(len(matrix))
+
+
+@pytest.mark.parametrize("dim", (*range(1, 71), 768))
+def test_the_rotation_is_signs_and_hadamard_transforms(isa, dim):
+    signs = np.random.default_rng(dim).choice(np.array([-1, 1], np.float32), (_C.ROTATION_ROUNDS, dim))
+    rows = normal(6, dim, seed=14)
+    size = 1 << (dim.bit_length() - 1)
+    plain, matrix = rows.astype(np.float64), hadamard(size)
+    for number, sign in enumerate(signs):
+        part = slice(dim - size, dim) if number % 2 else slice(0, size)
+        plain = plain * sign
+        plain[:, part] = plain[:, part] @ matrix
+    moved = rotated(rows, signs).astype(np.float64)
+    # Every level of a transform rounds a vector by half of eps, and dividing by the root as much as two more.
+    off = _C.ROTATION_ROUNDS * (dim.bit_length() + 2) * EPS / 2
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+    assert (np.linalg.norm(moved - plain, axis=1) <= off * lengths).all()
+    products = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    assert (np.abs(moved @ moved.T - products) <= (2 * off + off**2) * np.outer(lengths, lengths)).all()
+
+
+def test_eight_bits_are_half_a_step_off():
+    rows = normal(50, 37, seed=15) * np.float32(10.0) ** np.arange(-10, 40)[:, None].clip(max=30)
+    rows[7] = 0
+    codes, scales = quantised(rows)
+    assert not codes[7].any() and scales[7] == 0 and (np.abs(codes).max(axis=1) == np.where(scales > 0, 127, 0)).all()
+    assert (np.abs(rows - codes * scales[:, None]) <= (0.5 + 127 * 2 * EPS) * scales[:, None]).all()
+
+
+@pytest.fixture(scope="module")
+def payload(tmp_path_factory):
+    rows, _ = crowds(24, (60,) * 8)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    keys = np.stack(np.divmod(np.arange(len(rows)), 10), axis=1).astype(np.int32)
+    return Payload.build(tmp_path_factory.mktemp("payload") / "p", rows, keys, encoder="test")
+
+
+def test_an_index_built_by_any_isa_and_opened_by_any_answers_as_before(isa, payload, tmp_path):
+    index = Index.build(payload, "ivf_rabitq", nlist=8, nprobe=3)
+    index.save(tmp_path / "index")
+    queries, exclude = normal(70, 24, seed=16), np.arange(20)
+    for other in _C.isas():
+        _C.set_isa(other)
+        opened = Index.open(tmp_path / "index", payload)
+        for given in (queries, queries[:1]):
+            assert same(opened.search(given, 10, exclude), index.search(given, 10, exclude))
+        _C.set_isa(isa)
+        assert same(opened.search(queries, 10), index.search(queries, 10))
+
+
+def test_building_twice_gives_the_same_files(isa, payload, tmp_path):
+    for name, threads in (("a", 1), ("b", 3)):
+        _C.set_num_threads(threads)
+        Index.build(payload, "ivf_rabitq", nlist=8, nprobe=3, seed=4).save(tmp_path / name)
+    for file in IvfRabitq.FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert Index.open(tmp_path / "a").id == Index.open(tmp_path / "b").id
+
+
+def test_a_model_and_the_search_in_one_call_find_what_two_calls_find(isa, payload):
+    index = Index.build(payload, "ivf_rabitq", nlist=8, nprobe=3)
+    weight = normal(24, 24, seed=17)
+    model = _C.Model(2, 24, [("last", {}), ("linear", {"weight": (weight, None, None)}), ("l2_norm", {})])
+    for n in (0, 1, 70):
+        context, predicted = normal(n, 2, 24, seed=18), np.empty((n, 24), np.float32)
+        model.run(context, predicted)
+        for exclude in (None, np.arange(9), np.random.default_rng(n).integers(-1, 480, (n, 4))):
+            wanted = index.search(predicted, 12, exclude)
+            for threads in (0, 1, 3):
+                assert same(index.predict(model, context, 12, exclude, threads), wanted)
+
+
+PARTS = ("signs", "centroids", "centroid_scales", "sizes", "ids", "bits", "factors", "codes", "scales")
+
+
+def spoiled(values):
+    """What an array may be given as instead, and is not to be taken."""
+    found = {
+        "nothing": None,
+        "a list": values.tolist(),
+        "a number": np.float64(3),
+        "another dtype": values.astype(np.float64),
+        "dates": np.zeros(values.shape, "datetime64[s]"),
+        "one row less": np.ascontiguousarray(values[:-1]),
+        "another axis": values[None],
+        "gaps": np.repeat(values, 2, axis=-1)[..., ::2],
+        "backwards": values[::-1],
+    }
+    if values.dtype.itemsize > 1:
+        found["another byte order"] = values.astype(values.dtype.newbyteorder())
+    if values.ndim > 1:
+        found["Fortran order"] = np.asfortranarray(values)
+        found["one column less"] = np.ascontiguousarray(values[..., :-1])
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_wrong_part_is_named(part):
+    parts = built(37)._parts
+    with pytest.raises(ValueError, match=f"{part} is missing"):
+        _C.Searcher({name: values for name, values in parts.items() if name != part})
+    for what, bad in spoiled(parts[part]).items():
+        # Codes and sizes say how many rows, columns and lists there are: of others, others are named.
+        named = "|".join(PARTS) if part in ("codes", "sizes") and what.startswith("one") else part
+        with pytest.raises(ValueError, match=f"^({named}): "):
+            _C.Searcher({**parts, part: bad})
+
+
+def test_numbers_that_lead_out_of_the_lists_are_refused():
+    parts = built(37)._parts
+    n = len(parts["ids"])
+    for sizes in ([-1, n + 1], [n, 1], [n - 1, 0], [2**62, 2**62], [2**63 - 1, 2**63 - 1], [-(2**63), n]):
+        bad = np.array([0, 0, 0, 0, 0, 0, *sizes], np.int64)
+        with pytest.raises(ValueError, match=r"^(sizes|bits): "):
+            _C.Searcher({**parts, "sizes": bad})
+    ids = parts["ids"].copy()
+    ids[5] = -1
+    with pytest.raises(ValueError, match=r"^ids: wants 0 or more"):
+        _C.Searcher({**parts, "ids": ids})
+    for empty in (np.empty((0, 37), np.int8), np.empty((n, 0), np.int8)):
+        with pytest.raises(ValueError, match=r"^(codes|sizes): "):
+            _C.Searcher({**parts, "codes": empty})
+
+
+def arguments(n=3, dim=37, k=4):
+    return {
+        "queries": normal(n, dim),
+        "scores": np.empty((n, k), np.float32),
+        "ids": np.empty((n, k), np.int64),
+        "nprobe": 2,
+        "candidates": 9,
+        "excluded": np.full((n, 2), -1),
+        "threads": 1,
+    }
+
+
+def predict_arguments():
+    given = arguments()
+    del given["queries"]
+    model = _C.Model(2, 37, [("last", {})])
+    return {"model": model, "context": normal(3, 2, 37), "predicted": np.empty((3, 37), np.float32), **given}
+
+
+def read_only(values):
+    values.flags.writeable = False
+    return values
+
+
+NUMBERS = (
+    ("nprobe", (0, -1, 9, -(2**63), 2**63 - 1)),
+    ("candidates", (0, -1, -(2**63))),
+    ("threads", (-1, 1025, -(2**31))),
+)
+
+
+@pytest.mark.parametrize("call", ("search", "predict"))
+def test_a_wrong_argument_is_named(call):
+    given = (arguments if call == "search" else predict_arguments)()
+    function = getattr(built(37)._native, call)
+    function(**given)
+    sizes = {"queries", "context"}  # of which others depend: of another length, others are named
+    for name, values in given.items():
+        if not isinstance(values, np.ndarray):
+            continue
+        for what, bad in spoiled(values).items():
+            if (name, what) in (("excluded", "nothing"), ("excluded", "one column less")):
+                function(**{**given, name: bad})
+                continue
+            other = (name in sizes and what == "one row less") or (name, what) == ("scores", "one column less")
+            with pytest.raises(ValueError, match=r"^(scores|ids|predicted): " if other else f"^{name}: "):
+                function(**{**given, name: bad})
+    for name in ("scores", "ids", "predicted"):
+        if name in given:
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                function(**{**given, name: read_only(given[name].copy())})
+    for name, values in NUMBERS:
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: got {value}, wants"):
+                function(**{**given, name: value})
+    none = {"scores": np.empty((3, 0), np.float32), "ids": np.empty((3, 0), np.int64)}
+    with pytest.raises(ValueError, match=r"^scores: wants one column or more"):
+        function(**{**given, **none})
+    with pytest.raises(TypeError):
+        function()
+
+
+def test_a_model_of_other_vectors_is_refused():
+    given = predict_arguments() | {"model": _C.Model(2, 36, [("last", {})])}
+    with pytest.raises(ValueError, match=r"^model: makes vectors of 36, and the index has 37"):
+        built(37)._native.predict(**given)
+
+
+def test_read_only_inputs_and_more_candidates_than_rows_are_taken():
+    given = arguments()
+    built(37)._native.search(**given)
+    wanted = given["scores"].copy(), given["ids"].copy()
+    for name in ("queries", "excluded"):
+        read_only(given[name])
+    built(37)._native.search(**given)
+    assert same((given["scores"], given["ids"]), wanted)
+    built(37)._native.search(**{**given, "candidates": 2**63 - 1})
+
+
+def test_the_rotation_names_what_is_wrong():
+    signs, rows = np.ones((_C.ROTATION_ROUNDS, 6), np.float32), normal(3, 6)
+    _C.rotate(signs, rows)
+    for bad in spoiled(signs).values():
+        with pytest.raises(ValueError, match=r"^signs: "):
+            _C.rotate(bad, rows)
+    for what, bad in spoiled(rows).items():
+        if what != "one row less":
+            with pytest.raises(ValueError, match=r"^(signs|rows): "):
+                _C.rotate(signs, bad)
+    with pytest.raises(ValueError, match=r"^rows: "):
+        _C.rotate(signs, read_only(rows.copy()))
+    with pytest.raises(ValueError, match=r"^rows: "):  # no coordinates: there would be a transform of one before them
+        _C.rotate(np.empty((_C.ROTATION_ROUNDS, 0), np.float32), np.empty((3, 0), np.float32))
+    _C.rotate(signs, np.empty((0, 6), np.float32))
+
+
+def test_memory_of_the_parts_stays_where_it_is():
+    """An array that could grow and move is kept from it while it is searched."""
+    parts = built(37)._parts
+    for name, code in (("factors", "f"), ("sizes", "q"), ("ids", "i")):
+        growing = array.array(code, parts[name].tolist())
+        searcher = _C.Searcher({**parts, name: growing})
+        with pytest.raises(BufferError):
+            growing.append(0)
+        del searcher
+        growing.append(0)
