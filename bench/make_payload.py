@@ -10,11 +10,12 @@ pairs, of a query and its nearest. It is turned about the mean, in blocks of dir
 (those of their second moment, largest first), so that copies overlap: every row x of a block becomes
 cos(ANGLE)·x + sin(ANGLE)·Jx, where J, drawn anew for every copy and block, makes a row a perpendicular one as long. So
 each row is displaced by the same angle in all but its part along the mean, and lies from its own copies about as far
-as from a neighbour of its article. A smaller angle fills the nearest with copies, which are easy to find; a larger one
-pulls copies apart, and lists that hold one copy each are easy to find too: ANGLE is where neither was seen.
+as from a neighbour of its article. At an angle of 0.5 most of the nearest ten are copies, and easier to find than real
+rows; beyond ANGLE there are few copies, and what is nearest is less alike.
 
 Interpolating between neighbouring chunks, and adding noise of the residuals' covariance and a displacement of the
-article, matches mean cosines but not their spread: neighbours half as scattered, nearest rows 0.05 less alike.
+article, matches mean cosines but not their spread: cosines of neighbours deviate half as much, and the nearest rows
+are 0.05 less alike.
 """
 
 from __future__ import annotations
