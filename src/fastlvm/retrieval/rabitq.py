@@ -81,6 +81,14 @@ class IvfRabitq(Searcher):
             raise IntegrityError(
                 f"{folder / 'ids.npy'} has ids that are not 0 to {n - 1}, each once: {faiss_file.REMEDY}"
             )
+        positive = ("centroid_scales", "factors", "scales")
+        good = {part: np.isfinite(parts[part]) & (parts[part] >= 0) for part in positive}
+        good["signs"] = np.abs(parts["signs"]) == 1
+        for part, each in good.items():
+            if not each.all():
+                raise IntegrityError(
+                    f"{folder / part}.npy holds {parts[part][~each][0]}, which no index has: {faiss_file.REMEDY}"
+                )
         return cls(parts, shape.setting or 1)
 
     def save(self, folder: Path) -> None:
