@@ -110,11 +110,14 @@ class Plain:
         return moved @ rows.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(rows).T)
 
     def near(self, queries):
-        """<q, c> [q, nlist], and how far they may be: components of a query are rounded to steps of the largest/127."""
+        """<q, c> [q, nlist], and how far they may be: components of a query are rounded to steps of the largest/127.
+
+        By half a step, and by what float32 rounds up to 127 steps by.
+        """
         moved = self.moved(queries).astype(np.float64)
         half = np.abs(moved).max(axis=1, keepdims=True) / 254
         found = moved @ self.centroids.T
-        return found, (half * np.abs(self.centroids).sum(axis=1)) * (1 + 4 * EPS) + 4 * EPS * np.abs(found)
+        return found, (half * np.abs(self.centroids).sum(axis=1)) * (1 + 1024 * EPS) + 4 * EPS * np.abs(found)
 
     def estimates(self, queries):
         """factor <q, sign r> [q, n], and how far the scan's may be.
@@ -455,7 +458,7 @@ def test_a_model_and_the_search_in_one_call_find_what_two_calls_find(isa, payloa
                 assert same(index.predict(model, context, 12, exclude, threads), wanted)
 
 
-PARTS = ("signs", "centroids", "centroid_scales", "sizes", "ids", "bits", "factors", "codes", "scales")
+PARTS = tuple(file.removesuffix(".npy") for file in IvfRabitq.FILES)
 
 
 def spoiled(values):
