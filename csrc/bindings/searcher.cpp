@@ -73,6 +73,7 @@ class Holder {
     hold(source.signs, "signs", {rotation_rounds, source.dim});
     hold(source.centroids, "centroids", {source.nlist, source.dim});
     hold(source.centroid_scales, "centroid_scales", {source.nlist});
+    hold(source.level, "level", {1});
     hold(source.bits, "bits", {blocks, columns, block_rows});
     hold(source.factors, "factors", {source.rows});
     hold(source.scales, "scales", {source.rows});

@@ -1,6 +1,6 @@
 // Inverted lists of RaBitQ codes (Gao and Long, SIGMOD 2024) as the kernels see them: plain data, see common/tensor.h.
 //
-// A row x of list l lies at its centroid c plus r, in rotated coordinates. Its code is the signs of r, and
+// A row x of a list lies at c, its centroid times a level, plus r, in rotated coordinates. Its code is the signs of r:
 //   <q, x> = <q, c> + <q, r>,  <q, r> ≈ factor <q, sign r>,  factor = |r|² / Σ|rᵢ|
 // is the estimate that a scan ranks rows by; the best of them are scored by int8 codes of x.
 #pragma once

@@ -6,7 +6,6 @@
 #include <memory>
 #include <vector>
 
-#include "predictor/model.h"
 #include "predictor/workspace.h"
 #include "search/lists.h"
 
@@ -18,6 +17,7 @@ struct ListsSource {
   const float* signs;            // [rotation_rounds, dim]
   const int8_t* centroids;       // [nlist, dim], rotated
   const float* centroid_scales;  // [nlist]
+  const float* level;            // [1]: rows are coded by what they differ from their centroid times this
   const int64_t* sizes;          // [nlist], rows together
   const uint8_t* bits;           // [blocks, 2 pairs, block_rows]: every list begins with a block of its own
   const float* factors;          // [rows]
@@ -54,12 +54,15 @@ class Searcher {
   };
   class Query;
 
-  void answer(const float* query, const float* near, int64_t row, const SearchOptions& options, int seats,
-              float* scores, int64_t* ids) const;
+  void code_centroids();
+  void answer(const float* query, const int64_t* excluded, const SearchOptions& options, int seats, float* scores,
+              int64_t* ids) const;
 
   ListsSource lists_;
   std::vector<List> list_;
-  std::unique_ptr<Model> centroids_;
+  std::vector<float> mean_;  // of the centroids
+  std::vector<uint8_t> centroid_bits_;
+  std::vector<float> centroid_factors_;
   mutable Workspaces idle_;
 };
 

@@ -4,9 +4,10 @@ A vector has one bit a dimension, the signs of its residual to the list's centro
 which the lists are scanned, and eight bits a dimension, by which the best of the scan are scored. FAISS trains the
 centroids and assigns vectors to them. Files, all `.npy`; rows are in the order of the lists:
 
-signs float32 [4, dim] of the rotation; centroids int8 [nlist, dim] and centroid_scales float32 [nlist]; sizes int64
-[nlist]; ids int32 [n]; bits uint8 [blocks, columns, 32], column b of a row holding dimensions 8b … 8b + 7; factors
-float32 [n]; codes int8 [n, dim] and scales float32 [n].
+signs float32 [4, dim] of the rotation; centroids int8 [nlist, dim] and centroid_scales float32 [nlist], of length 1;
+level float32 [1], what they are multiplied by before residuals are taken; sizes int64 [nlist]; ids int32 [n]; bits
+uint8 [blocks, columns, 32], column b of a row holding dimensions 8b … 8b + 7; factors float32 [n]; codes int8 [n, dim]
+and scales float32 [n].
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from fastlvm.retrieval.faiss_kinds import centroids as trained
 from fastlvm.retrieval.searcher import Searcher, Shape
 from fastlvm.retrieval.vectors import Vectors
 
-CANDIDATES = 8
+CANDIDATES = 6
 """Rows scored by eight bits for every one that is asked for."""
 
-_PARTS = ("signs", "centroids", "centroid_scales", "sizes", "ids", "bits", "factors", "codes", "scales")
+_SAMPLE = 8192  # rows that the level is chosen by
+
+_PARTS = ("signs", "centroids", "centroid_scales", "level", "sizes", "ids", "bits", "factors", "codes", "scales")
 
 
 class IvfRabitq(Searcher):
@@ -47,7 +50,9 @@ class IvfRabitq(Searcher):
         rng = np.random.default_rng(seed)
         signs = rng.choice(np.array([-1, 1], np.float32), (_C.ROTATION_ROUNDS, vectors.dim))
         centroids, centroid_scales = quantised(rotated(trained(vectors, nlist, seed), signs))
-        lists = _Assigned(centroids * centroid_scales[:, None], len(vectors))
+        lists = _Assigned(
+            centroids * centroid_scales[:, None], rotated(vectors.sample(_SAMPLE, seed), signs), len(vectors)
+        )
         for first, block in vectors.blocks():
             lists.add(first, rotated(block, signs))
         named = {"signs": signs, "centroids": centroids, "centroid_scales": centroid_scales, **lists.parts()}
@@ -70,6 +75,7 @@ class IvfRabitq(Searcher):
             "signs": ("float32", (_C.ROTATION_ROUNDS, dim)),
             "centroids": ("int8", (nlist, dim)),
             "centroid_scales": ("float32", (nlist,)),
+            "level": ("float32", (1,)),
             "ids": ("int32", (n,)),
             "bits": ("uint8", (blocks, _columns(dim), _C.BLOCK_ROWS)),
             "factors": ("float32", (n,)),
@@ -150,13 +156,17 @@ def _columns(dim: int) -> int:
 class _Assigned:
     """Rows coded and put into lists as they come, in their order."""
 
-    def __init__(self, centroids: np.ndarray, rows: int) -> None:
+    def __init__(self, centroids: np.ndarray, sample: np.ndarray, rows: int) -> None:
+        """centroids float32 [nlist, dim]; sample: some of the rows, by which the level is chosen."""
         import faiss
 
         dim = centroids.shape[1]
-        self._centroids = centroids
         self._index = faiss.IndexFlatIP(dim)
         self._index.add(centroids)
+        # Least squares: centroids have length 1, and their lists' means are shorter.
+        near = self._index.search(sample, 1)[0]
+        self._level = np.float32(near.mean() / np.square(centroids).sum(axis=1).mean())
+        self._centroids = centroids * self._level
         self._list = np.empty(rows, np.int64)
         self._bits = np.empty((rows, _columns(dim)), np.uint8)
         self._codes = np.empty((rows, dim), np.int8)
@@ -183,6 +193,7 @@ class _Assigned:
         padded[starts + np.arange(len(order))] = self._bits[order]
         bits = padded.reshape(-1, _C.BLOCK_ROWS, padded.shape[1]).transpose(0, 2, 1)
         return {
+            "level": np.array([self._level]),
             "sizes": sizes.astype(np.int64),
             "ids": order.astype(np.int32),
             "bits": np.ascontiguousarray(bits),
