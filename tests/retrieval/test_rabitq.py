@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import functools
 import os
 import threading
 
@@ -59,17 +60,18 @@ def crowds(dim, sizes=SIZES, seed=0):
     return centroids[owners] + np.float32(0.3 / dim**0.5) * normal(len(owners), dim, seed=seed + 1), centroids
 
 
-_BUILT = {}
-
-
+@functools.cache
 def built(dim, sizes=SIZES):
     """The searcher of `crowds`, the same in every test."""
-    if (dim, sizes) not in _BUILT:
-        rows, centroids = crowds(dim, sizes)
-        vectors = Given(rows)
-        vectors.centroids[len(sizes), 0] = centroids
-        _BUILT[dim, sizes] = IvfRabitq.build(vectors, len(sizes), 0)
-    return _BUILT[dim, sizes]
+    rows, centroids = crowds(dim, sizes)
+    vectors = Given(rows)
+    vectors.centroids[len(sizes), 0] = centroids
+    return IvfRabitq.build(vectors, len(sizes), 0)
+
+
+@functools.cache
+def plainly(dim, sizes=SIZES):
+    return Plain(built(dim, sizes))
 
 
 def search(searcher, queries, k, nprobe, candidates, excluded=None, threads=0):
@@ -147,13 +149,12 @@ def test_the_crowds_are_the_lists(dim):
 @pytest.mark.parametrize("threads", (1, 3))
 def test_all_candidates_of_all_lists_are_scored_as_faiss_scores_the_decoded_rows(isa, dim, threads):
     _C.set_num_threads(threads)
-    searcher, queries = built(dim), normal(QUERIES, dim, seed=3)
-    plain = Plain(searcher)
+    searcher, plain, queries = built(dim), plainly(dim), normal(QUERIES, dim, seed=3)
+    exact, bound = plain.scores(queries)
     flat = faiss.IndexFlatIP(dim)
     flat.add(plain.decoded)
     for k in (1, 50, plain.n):
         wanted, _ = flat.search(plain.moved(queries), k)
-        exact, bound = plain.scores(queries)
         for given in (queries, queries[:1]):
             scores, ids = search(searcher, given, k, plain.nlist, plain.n)
             for i in range(len(given)):
@@ -170,8 +171,7 @@ def test_all_candidates_of_all_lists_are_scored_as_faiss_scores_the_decoded_rows
 @pytest.mark.parametrize("dim", (5, 16, 37, 100, 768))
 @pytest.mark.parametrize("threads", (1, 3))
 def test_candidates_are_the_best_by_the_estimate(isa, dim, threads):
-    searcher, queries = built(dim), normal(12, dim, seed=4)
-    plain = Plain(searcher)
+    searcher, plain, queries = built(dim), plainly(dim), normal(12, dim, seed=4)
     estimates, table = plain.estimates(queries)
     near, rounding = plain.near(queries)
     for candidates in (1, 7, 60):
@@ -207,8 +207,7 @@ def test_the_estimate_is_worth_its_candidates(isa):
 @pytest.mark.parametrize("sizes", (SIZES, FULL), ids=("empty lists", "no empty list"))
 @pytest.mark.parametrize("dim", (16, 100))
 def test_only_the_nearest_lists_are_searched(isa, dim, sizes):
-    searcher, queries = built(dim, sizes), normal(10, dim, seed=6)
-    plain = Plain(searcher)
+    searcher, plain, queries = built(dim, sizes), plainly(dim, sizes), normal(10, dim, seed=6)
     near, rounding = plain.near(queries)
     there = np.array(sizes) > 0
     for nprobe in range(1, plain.nlist + 1):
@@ -308,7 +307,7 @@ def test_where_too_few_rows_are_found_ids_are_minus_one(isa, threads):
     _C.set_num_threads(threads)
     dim = 37
     searcher, queries = built(dim), normal(QUERIES, dim, seed=11)
-    n = Plain(searcher).n
+    n = plainly(dim).n
 
     def empty(scores, ids):
         return (ids == -1).all() and np.isneginf(scores).all()
@@ -349,7 +348,7 @@ def test_queries_that_nothing_can_be_said_of_find_rows_all_the_same(isa):
         queries[1] = value
         for threads in (1, 3):
             found = search(searcher, queries, 10, 8, 80, threads=threads)
-            assert found[1].min() >= -1 and found[1].max() < Plain(searcher).n
+            assert found[1].min() >= -1 and found[1].max() < plainly(37).n
             for i in (0, 2):
                 assert same([part[i : i + 1] for part in found], search(searcher, queries[i : i + 1], 10, 8, 80))
 
@@ -436,7 +435,7 @@ def test_an_index_built_by_any_isa_and_opened_by_any_answers_as_before(isa, payl
         assert same(opened.search(queries, 10), index.search(queries, 10))
 
 
-def test_building_twice_gives_the_same_files(isa, payload, tmp_path):
+def test_building_twice_gives_the_same_files(payload, tmp_path):
     for name, threads in (("a", 1), ("b", 3)):
         _C.set_num_threads(threads)
         Index.build(payload, "ivf_rabitq", nlist=8, nprobe=3, seed=4).save(tmp_path / name)
