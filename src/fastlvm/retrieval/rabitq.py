@@ -89,7 +89,7 @@ class IvfRabitq(Searcher):
             )
         positive = ("centroid_scales", "factors", "scales")
         good = {part: np.isfinite(parts[part]) & (parts[part] >= 0) for part in positive}
-        good["signs"] = np.abs(parts["signs"]) == 1
+        good |= {"signs": np.abs(parts["signs"]) == 1, "level": np.isfinite(parts["level"])}
         for part, each in good.items():
             if not each.all():
                 raise IntegrityError(
@@ -165,7 +165,8 @@ class _Assigned:
         self._index.add(centroids)
         # Least squares: centroids have length 1, and their lists' means are shorter.
         near = self._index.search(sample, 1)[0]
-        self._level = np.float32(near.mean() / np.square(centroids).sum(axis=1).mean())
+        square = np.square(centroids).sum(axis=1).mean()
+        self._level = np.float32(near.mean() / square if square > 0 else 0)
         self._centroids = centroids * self._level
         self._list = np.empty(rows, np.int64)
         self._bits = np.empty((rows, _columns(dim)), np.uint8)
