@@ -102,6 +102,7 @@ class Plain:
         self.factors = parts["factors"].astype(np.float64)[order]
         self.decoded = (parts["codes"] * parts["scales"][:, None])[order]
         self.centroids = parts["centroids"] * parts["centroid_scales"].astype(np.float64)[:, None]
+        self.level = float(parts["level"][0])
 
     def moved(self, queries):
         return rotated(queries, self.signs)
@@ -112,30 +113,39 @@ class Plain:
         return moved @ rows.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(rows).T)
 
     def near(self, queries):
-        """<q, c> [q, nlist], and how far they may be: components of a query are rounded to steps of the largest/127.
-
-        By half a step, and by what float32 rounds up to 127 steps by.
-        """
+        """<q, centroid> [q, nlist], and how far float32 may be from them."""
         moved = self.moved(queries).astype(np.float64)
-        half = np.abs(moved).max(axis=1, keepdims=True) / 254
-        found = moved @ self.centroids.T
-        return found, (half * np.abs(self.centroids).sum(axis=1)) * (1 + 1024 * EPS) + 4 * EPS * np.abs(found)
+        return moved @ self.centroids.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(self.centroids).T)
+
+    def near_estimates(self, queries):
+        """What centroids are ranked by before the best are scored, and how far it may be: as if rows of one list."""
+        moved = self.moved(queries).astype(np.float64)
+        mean = self.centroids.mean(axis=0)
+        residual = self.centroids - mean
+        sizes = np.abs(residual).sum(axis=1)
+        factors = np.divide(np.square(residual).sum(axis=1), sizes, out=np.zeros(self.nlist), where=sizes > 0)
+        either = np.abs(residual) <= 2 * self.nlist * EPS * np.abs(self.centroids).max()  # signs that rounding decides
+        off = self.table(moved)[:, None] + 2 * np.abs(moved) @ either.T + 2 * self.dim * EPS * np.abs(moved).sum()
+        return (moved @ mean)[:, None] + factors * (moved @ np.sign(residual).T), factors * off
 
     def estimates(self, queries):
-        """factor <q, sign r> [q, n], and how far the scan's may be.
+        """factor <q, sign r> [q, n], and how far the scan's may be."""
+        moved = self.moved(queries).astype(np.float64)
+        return self.factors * (moved @ self.bits.T), self.factors * self.table(moved)[:, None]
+
+    def table(self, moved):
+        """How far <q, sign r> may be, for any signs.
 
         An entry of the table is a whole number of steps, 63 of them (fewer where 16 bits would not hold all) for the
         sum of sizes of the four coordinates where that is largest; it counts twice. So each is off by half a step.
         """
-        moved = self.moved(queries).astype(np.float64)
         pairs = -(-self.dim // 16)
         fours = np.abs(np.pad(moved, ((0, 0), (0, 16 * pairs - self.dim)))).reshape(len(moved), -1, 4).sum(axis=2)
         step = 2 * fours.max(axis=1) / min(63, 65535 // (4 * pairs))
         off = (
             -(-self.dim // 4) * (0.5 + 64 * 8 * EPS) * step
         )  # 8 roundings of numbers up to 64 before an entry is whole
-        off += (self.dim + 8) * EPS * fours.sum(axis=1)
-        return self.factors * (moved @ self.bits.T), self.factors * off[:, None]
+        return off + (self.dim + 8) * EPS * fours.sum(axis=1)
 
 
 @pytest.mark.parametrize("dim", (16, 37, 100, 768))
@@ -146,17 +156,15 @@ def test_the_crowds_are_the_lists(dim):
 
 
 @pytest.mark.parametrize("dim", (1, 5, 16, 37, 100, 256, 768))
-@pytest.mark.parametrize("threads", (1, 3))
-def test_all_candidates_of_all_lists_are_scored_as_faiss_scores_the_decoded_rows(isa, dim, threads):
-    _C.set_num_threads(threads)
+def test_all_candidates_of_all_lists_are_scored_as_faiss_scores_the_decoded_rows(isa, dim):
     searcher, plain, queries = built(dim), plainly(dim), normal(QUERIES, dim, seed=3)
     exact, bound = plain.scores(queries)
     flat = faiss.IndexFlatIP(dim)
     flat.add(plain.decoded)
     for k in (1, 50, plain.n):
         wanted, _ = flat.search(plain.moved(queries), k)
-        for given in (queries, queries[:1]):
-            scores, ids = search(searcher, given, k, plain.nlist, plain.n)
+        for given, threads in ((queries, 1), (queries[:1], 3)):
+            scores, ids = search(searcher, given, k, plain.nlist, plain.n, threads=threads)
             for i in range(len(given)):
                 assert len(set(ids[i])) == k
                 best = np.sort(exact[i])[::-1][:k]
@@ -186,13 +194,14 @@ def test_candidates_are_the_best_by_the_estimate(isa, dim, threads):
                     in_, out = taken & within, ~taken & within
                     lower = (estimates[i] + table[i])[in_].min(initial=np.inf)
                     assert lower >= (estimates[i] - table[i])[out].max(initial=-np.inf) - EPS * np.abs(near[i]).max()
-                whole = estimates[i] + near[i, plain.list]
-                off = table[i] + rounding[i, plain.list]
+                whole = estimates[i] + plain.level * near[i, plain.list]
+                off = table[i] + abs(plain.level) * rounding[i, plain.list]
                 assert (whole + off)[taken].min() >= (whole - off)[~taken].max()
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_estimate_is_worth_its_candidates(isa):
-    """Were it noise, a tenth of the rows would hold a tenth of the best: of one list, so that centroids say nothing."""
+    """Were it noise, a tenth of the rows would hold a tenth of the best: of one list around zero."""
     dim = 100
     rows = normal(3000, dim)
     vectors = Given(rows)
@@ -201,24 +210,48 @@ def test_the_estimate_is_worth_its_candidates(isa):
     queries = normal(20, dim, seed=5)
     _, wanted = search(searcher, queries, 10, 1, 3000)
     _, found = search(searcher, queries, 10, 1, 300)
+    assert wanted.min() >= 0
     assert np.mean([np.isin(found[i], wanted[i]).mean() for i in range(20)]) > 0.95
+
+
+SCORED = 3  # centroids for every list that is searched
 
 
 @pytest.mark.parametrize("sizes", (SIZES, FULL), ids=("empty lists", "no empty list"))
 @pytest.mark.parametrize("dim", (16, 100))
-def test_only_the_nearest_lists_are_searched(isa, dim, sizes):
+@pytest.mark.parametrize("threads", (1, 3))
+def test_only_the_nearest_lists_are_searched(isa, dim, sizes, threads):
+    """Those of the best scores among three times as many centroids, of the best estimates."""
     searcher, plain, queries = built(dim, sizes), plainly(dim, sizes), normal(10, dim, seed=6)
     near, rounding = plain.near(queries)
+    estimates, off = plain.near_estimates(queries)
     there = np.array(sizes) > 0
     for nprobe in range(1, plain.nlist + 1):
-        _, ids = search(searcher, queries, plain.n, nprobe, plain.n)
         for i in range(len(queries)):
-            probed = np.bincount(plain.list[ids[i][ids[i] >= 0]], minlength=plain.nlist)
+            _, ids = search(searcher, queries[i : i + 1], plain.n, nprobe, plain.n, threads=threads)
+            probed = np.bincount(plain.list[ids[ids >= 0]], minlength=plain.nlist)
             assert ((probed == 0) | (probed == sizes)).all()
-            in_, out = probed > 0, there & (probed == 0)
-            assert nprobe - (~there).sum() <= in_.sum() <= nprobe
-            if in_.any() and out.any():
-                assert (near[i] + rounding[i])[in_].min() >= (near[i] - rounding[i])[out].max()
+            in_, out = np.flatnonzero(probed > 0), np.flatnonzero(there & (probed == 0))
+            assert nprobe - (~there).sum() <= len(in_) <= nprobe
+            for one in in_:
+                assert (estimates[i] - off[i] > (estimates[i] + off[i])[one]).sum() < SCORED * nprobe
+            worst = (near[i] + rounding[i])[in_].min(initial=np.inf)
+            for one in out[(near[i] - rounding[i])[out] > worst]:  # nearer, and yet not scored
+                assert (estimates[i] + off[i] >= (estimates[i] - off[i])[one]).sum() - 1 >= SCORED * nprobe
+
+
+def test_centroids_are_ranked_by_their_codes(isa):
+    """By several scans of 256 of them. The nearest is nearly always among the best three by one bit a component."""
+    dim, nlist = 64, 600
+    rows, centroids = crowds(dim, (2,) * nlist, seed=30)
+    vectors = Given(rows)
+    vectors.centroids[nlist, 0] = centroids
+    searcher = IvfRabitq.build(vectors, nlist, 0)
+    plain, queries = Plain(searcher), rows[::20]
+    nearest = plain.near(queries)[0].argmax(axis=1)
+    for threads in (1, 3):
+        found = np.stack([search(searcher, row[None], 1, 1, 9, threads=threads)[1][0, 0] for row in queries])
+        assert (plain.list[found] == nearest).mean() > 0.95
 
 
 @pytest.mark.parametrize("dim", (37, 256))
@@ -353,16 +386,15 @@ def test_queries_that_nothing_can_be_said_of_find_rows_all_the_same(isa):
                 assert same([part[i : i + 1] for part in found], search(searcher, queries[i : i + 1], 10, 8, 80))
 
 
-@pytest.mark.parametrize("nprobe", (1, 4, 16))
-def test_recall_is_that_of_float32_lists(isa, nprobe):
-    """On clustered vectors, of the same lists: at most 0.02 of recall@10 go with eight and one bits a component."""
+def test_recall_is_that_of_float32_lists():
+    """On clustered vectors, of the same lists: at most 0.03 of recall@10 go with eight and one bits a component."""
     dim, nlist, k = 64, 32, 10
     rows, _ = crowds(dim, (100,) * 40, seed=20)
     rows += 0.05 * normal(len(rows), dim, seed=21)
     searcher = IvfRabitq.build(Given(rows), nlist, 0)
     plain = Plain(searcher)
-    picked = np.random.default_rng(22).permutation(len(rows))[:50]
-    queries = rows[picked] + 0.05 * normal(50, dim, seed=23)
+    picked = np.random.default_rng(22).permutation(len(rows))[:200]
+    queries = rows[picked] + 0.05 * normal(200, dim, seed=23)
     moved, moved_rows = plain.moved(queries), plain.moved(rows)
     flat, centroids = faiss.IndexFlatIP(dim), faiss.IndexFlatIP(dim)
     flat.add(moved_rows)
@@ -370,13 +402,17 @@ def test_recall_is_that_of_float32_lists(isa, nprobe):
     lists = faiss.IndexIVFFlat(centroids, dim, nlist, faiss.METRIC_INNER_PRODUCT)
     lists.train(moved_rows)
     lists.add(moved_rows)
-    lists.nprobe = searcher.setting = nprobe
     _, wanted = flat.search(moved, k)
 
     def recall(ids):
         return np.mean([np.isin(wanted[i], ids[i]).mean() for i in range(len(queries))])
 
-    assert recall(searcher.search(queries, k)[1]) >= recall(lists.search(moved, k)[1]) - 0.02
+    for nprobe in (1, 4, 16):
+        lists.nprobe = searcher.setting = nprobe
+        least = recall(lists.search(moved, k)[1]) - 0.03
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            assert recall(searcher.search(queries, k)[1]) >= least
 
 
 def hadamard(size):
@@ -470,9 +506,10 @@ def spoiled(values):
         "dates": np.zeros(values.shape, "datetime64[s]"),
         "one row less": np.ascontiguousarray(values[:-1]),
         "another axis": values[None],
-        "gaps": np.repeat(values, 2, axis=-1)[..., ::2],
-        "backwards": values[::-1],
     }
+    if len(values) > 1:
+        found["gaps"] = np.repeat(values, 2, axis=-1)[..., ::2]
+        found["backwards"] = values[::-1]
     if values.dtype.itemsize > 1:
         found["another byte order"] = values.astype(values.dtype.newbyteorder())
     if values.ndim > 1:

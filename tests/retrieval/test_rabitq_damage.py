@@ -11,7 +11,7 @@ from fastlvm.retrieval import Index
 from fastlvm.retrieval.rabitq import IvfRabitq
 
 DIM, ROWS, LISTS = 24, 420, 8
-FLOATS = ("centroid_scales", "factors", "scales", "signs")
+FLOATS = ("centroid_scales", "factors", "scales", "signs", "level")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_ids_that_are_not_every_row_once_are_refused(folder, bad):
 
 
 @pytest.mark.parametrize("part", FLOATS)
-@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf, -0.5))
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
 def test_numbers_that_no_index_has_are_refused(folder, part, bad):
     """Else they would be scores, the first of all results."""
     array = np.load(folder / f"{part}.npy")
@@ -131,6 +131,15 @@ def test_numbers_that_no_index_has_are_refused(folder, part, bad):
     np.save(folder / f"{part}.npy", array)
     rehashed(folder)
     refused(folder, f"{part}.npy", f"holds {bad}")
+
+
+@pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales"))
+def test_numbers_below_zero_are_refused(folder, part):
+    array = np.load(folder / f"{part}.npy")
+    array[3] = -0.5
+    np.save(folder / f"{part}.npy", array)
+    rehashed(folder)
+    refused(folder, f"{part}.npy", "holds -0.5")
 
 
 def test_signs_are_one_or_minus_one(folder):
@@ -164,11 +173,11 @@ def test_codes_that_are_noise_are_searched_safely(folder, part):
         searches(folder)
 
 
-@pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales"))
+@pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales", "level"))
 @pytest.mark.parametrize("value", (0, 1e-45, 3e38))
 def test_scales_beyond_all_measure_are_searched_safely(folder, part, value):
     array = np.load(folder / f"{part}.npy")
-    array[: len(array) // 2] = value
+    array[: -(-len(array) // 2)] = value
     np.save(folder / f"{part}.npy", array)
     rehashed(folder)
     searches(folder, finite=value < 1)
