@@ -28,6 +28,7 @@ from fastlvm.console import (
     show,
     training_verdict,
 )
+from fastlvm.errors import InputError
 from fastlvm.files import check_folder, check_new_folder
 
 NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
@@ -300,7 +301,7 @@ def export(
     typer.echo(f"artifact written to {out}")
 
 
-@command(bench_app, "latency", "fastlvm bench latency artifact --threads 2 --profile")
+@command(bench_app, "latency", "fastlvm bench latency artifact --threads 2 --gate ours --profile")
 def bench_latency(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     context: Annotated[Path | None, typer.Option(help="float .npy of n x 5 x dim; golden windows when absent")] = None,
@@ -308,17 +309,27 @@ def bench_latency(
     threads: Annotated[int | None, typer.Option(help="threads of kernels and search")] = None,
     repeats: Annotated[int, typer.Option(help="timed calls of each stage")] = 2000,
     profile: Annotated[bool, typer.Option("--profile", help="what the model spends its time on, by layer")] = False,
+    gate: Annotated[
+        list[str] | None, typer.Option(help="epoch4, final, target, stretch, ours or ours-1-thread")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """Time an artifact one context at a time: the model, the search, and both as a user calls them."""
+    """Time an artifact one context at a time: model, search, and both as a user calls them; exit 1 if a gate fails."""
     from fastlvm import Predictor
+    from fastlvm.evaluation import latency_gate
     from fastlvm.evaluation.latency import measure_predictor
 
+    gates = latency_gate.named(gate or [])
+    threads = latency_gate.threads_of(gates, threads)
+    if gates and k != latency_gate.K:
+        raise InputError(f"-k is {k}, and a gate is of {latency_gate.K} chunks: leave out -k or --gate")
     predictor = Predictor.load(artifact, threads=threads)
     contexts = predictor.golden_context if context is None else read_array(context, "--context")
     latency = measure_predictor(predictor, contexts, min(k, len(predictor.index)), repeats=repeats, threads=threads)
     parts = predictor.profile(contexts, repeats=min(repeats, 500)) if profile else None
-    print_latency(latency, parts, predictor.nbytes, as_json=as_json)
+    verdicts = latency_gate.judge(gates, latency, predictor.index.recall_at_50)
+    print_latency(latency, parts, predictor.nbytes, verdicts, as_json=as_json)
+    latency_gate.enforce(verdicts)
 
 
 @command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --json")

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from fastlvm.evaluation.latency import Latency
+    from fastlvm.evaluation.latency_gate import Verdict
     from fastlvm.retrieval import Index
     from fastlvm.training import RunSummary
 
@@ -206,13 +207,20 @@ def training_verdict(summary: RunSummary) -> str:
 
 
 def print_latency(
-    latency: Latency, profile: list[tuple[str, dict[str, float]]] | None, nbytes: int, *, as_json: bool
+    latency: Latency,
+    profile: list[tuple[str, dict[str, float]]] | None,
+    nbytes: int,
+    verdicts: Sequence[Verdict] = (),
+    *,
+    as_json: bool,
 ) -> None:
-    """Stages of a prediction in milliseconds and, where there is a profile, its layers in microseconds."""
+    """Stages of a prediction in milliseconds, where there is a profile its layers in microseconds, and gates."""
     if as_json:
         content = latency.to_dict() | {"packed_bytes": nbytes}
         if profile is not None:
             content["profile"] = [{"layer": name, "microseconds": parts} for name, parts in profile]
+        if verdicts:
+            content["gates"] = [verdict.to_dict() for verdict in verdicts]
         typer.echo(json.dumps(content))
         return
     from rich.table import Table
@@ -224,8 +232,20 @@ def print_latency(
     for name, stage in latency.stages.items():
         stages.add_row(name, *(f"{value:.3f}" for value in (stage.p50, stage.p95, stage.p99, stage.mean)))
     show(stages)
-    if profile is None:
-        return
+    if profile is not None:
+        _print_profile(profile, nbytes)
+    if verdicts:
+        gates = Table(title="gates")
+        for title in ("gate", "wanted", "measured", ""):
+            gates.add_column(title)
+        for verdict in verdicts:
+            gates.add_row(verdict.gate, verdict.wanted, verdict.measured, verdict.word)
+        show(gates)
+
+
+def _print_profile(profile: list[tuple[str, dict[str, float]]], nbytes: int) -> None:
+    from rich.table import Table
+
     phases = list(dict.fromkeys(phase for _, parts in profile for phase in parts))
     layers = Table(title=f"µs by layer; {nbytes / 1e6:.1f} MB of packed weights", show_footer=True)
     layers.add_column("layer", footer="all")

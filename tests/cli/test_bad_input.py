@@ -209,6 +209,7 @@ CASES = {
     "bench latency absent": "absent holds no artifact",
     "bench latency A --repeats 0": "repeats 0",
     "bench latency A --threads 0": "threads is 0",
+    "bench latency A --gate nonsense": "gate 'nonsense' is not known",
     "bench latency A --context absent.npy": "absent.npy does not exist",
     "export folder --index I --out O": "folder",
     "export P --index I --out O": "config.json",

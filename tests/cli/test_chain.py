@@ -10,6 +10,7 @@ import pytest
 
 from cli.conftest import TINY, fastlvm, listing, ok, refused
 from fastlvm import Index, Payload, Predictor, Windows
+from fastlvm.evaluation import latency_gate
 
 
 def test_payload(made):
@@ -155,6 +156,60 @@ def test_bench_latency(made):
     block = next(layer for layer in found["profile"] if layer["layer"] == "mamba_block")
     assert set(block["microseconds"]) == {"elementwise", "in_proj", "x_proj", "scan", "out_proj"}
     assert "profile" not in json.loads(ok(*given, "--json"))
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    """Gates that this machine meets and misses, however busy it is."""
+    tables = {
+        "lax": {"threads": 1, "end_to_end_p95_ms": 1e6, "recall_at_50": 0.95},
+        "strict": {"threads": 1, "end_to_end_p95_ms": 1e6, "model_p50_ms": 1e-6},
+        "other": {"threads": 2, "end_to_end_p95_ms": 1e6},
+        "anywhere": {"search_p99_ms": 1e6},
+    }
+    for name, gate in latency_gate.parse(tables).items():
+        monkeypatch.setitem(latency_gate.GATES, name, gate)
+
+
+def test_a_gate_that_is_met(made, gates):
+    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", "lax", "--gate", "anywhere")
+    shown = ok(*given)
+    assert "end_to_end_p95_ms ≤ 1e+06" in shown and "1.000 (exact)" in shown and "missed" not in shown
+    assert "on 1 threads" in shown  # those of the gate
+    found = json.loads(ok(*given, "--json"))
+    assert [(row["gate"], row["metric"], row["passed"]) for row in found["gates"]] == [
+        ("lax", "end_to_end_p95_ms", True),
+        ("lax", "recall_at_50", True),
+        ("anywhere", "search_p99_ms", True),
+    ]
+    assert found["gates"][0]["value"] == found["stages"]["total"]["p95"]
+
+
+def test_a_gate_that_is_missed_exits_1_and_says_by_what(made, gates):
+    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", "lax", "--gate", "strict")
+    result = fastlvm(*given)
+    assert result.code == 1 and "missed" in result.out
+    assert result.err.startswith("fastlvm: gate strict missed: model_p50_ms is ") and "≤ 1e-06" in result.err
+    assert "lax" not in result.err and "end_to_end" not in result.err
+    assert json.loads(fastlvm(*given, "--json").out)["gates"][-1]["passed"] is False
+
+
+def test_the_recall_of_lists_is_the_one_on_record(made, gates, tmp_path):
+    ok("index", "build", made.payload, "--space", made.run, "--kind", "ivf_flat", "--out", tmp_path / "i")
+    ok("export", made.run, "--index", tmp_path / "i", "--out", tmp_path / "a")
+    found = ok("bench", "latency", tmp_path / "a", "--repeats", 5, "--gate", "lax", "--json")
+    row = json.loads(found)["gates"][1]
+    assert (
+        row["value"] == Index.open(tmp_path / "i").recall_at_50 and row["note"] == "recorded when the index was built"
+    )
+
+
+def test_gates_that_cannot_be_judged_in_one_run_are_refused(made, gates):
+    given = ("bench", "latency", made.artifact, "--gate", "lax")
+    assert "choose of epoch4, " in refused("bench", "latency", made.artifact, "--gate", "nonsense")
+    assert refused(*given, "--threads", 2) == "gate lax is for threads 1, and not 2: run it by itself"
+    assert refused(*given, "--gate", "other") == "gate other is for threads 2, and not 1: run it by itself"
+    assert refused(*given, "-k", 10).startswith("-k is 10, and a gate is of 50 chunks")
 
 
 def test_eval(made, tmp_path):

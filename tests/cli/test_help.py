@@ -23,7 +23,7 @@ SYNOPSIS = {
     "train": "--model --payload --windows --objective --out --resume --set",
     "eval": "--payload --windows --split --out --gates",
     "export": "--index --out --precision",
-    "bench latency": "--context -k --threads --repeats --profile --json",
+    "bench latency": "--context -k --threads --repeats --profile --gate --json",
     "predict": "--context -k --json --keep-context --threads",
     "info": "",
     "demo": "--out",
