@@ -60,20 +60,22 @@ $(eval $(call accuracy,arm,scalar neon))
 
 sanitize: asan tsan
 
-asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity $(OUT)/asan/model
+asan: $(OUT)/asan/threads $(OUT)/asan/isa_parity $(OUT)/asan/model $(OUT)/asan/searches
 	$(OUT)/asan/threads
 	$(OUT)/asan/isa_parity 80
 	$(OUT)/asan/model 80
+	$(OUT)/asan/searches 80
 
 # Where the kernel randomises more address bits than ThreadSanitizer knows of, setarch -R turns that off.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity $(OUT)/tsan/model
+tsan: $(OUT)/tsan/threads $(OUT)/tsan/isa_parity $(OUT)/tsan/model $(OUT)/tsan/searches
 	@$(FIXED_ADDRESSES) $(OUT)/tsan/threads >$(OUT)/tsan/log 2>&1 || { cat $(OUT)/tsan/log >&2; \
 	  ! grep -q 'unexpected memory mapping' $(OUT)/tsan/log || echo "ThreadSanitizer cannot run with this kernel's random" \
 	  "addresses: allow setarch -R (personality) in this container, or set sysctl vm.mmap_rnd_bits=28" >&2; exit 1; }
 	$(FIXED_ADDRESSES) $(OUT)/tsan/isa_parity 80
 	$(FIXED_ADDRESSES) $(OUT)/tsan/model 80
+	$(FIXED_ADDRESSES) $(OUT)/tsan/searches 80
 
 arm: arm-tools
 	@$(MAKE) --no-print-directory -f tests/csrc/native.mk arm-run
@@ -82,10 +84,11 @@ arm-tools:
 	@{ command -v $(ARM_CXX) && test -n "$(QEMU)"; } >/dev/null || { echo "test-arm needs $(ARM_CXX) and qemu-aarch64:" \
 	  "install the packages g++-aarch64-linux-gnu and qemu-user-static (Debian, Ubuntu)" >&2; exit 2; }
 
-arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/model $(OUT)/arm/vmath_accuracy
+arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/model $(OUT)/arm/searches $(OUT)/arm/vmath_accuracy
 	$(QEMU) $(OUT)/arm/threads
 	$(QEMU) $(OUT)/arm/isa_parity 80
 	$(QEMU) $(OUT)/arm/model 80
+	$(QEMU) $(OUT)/arm/searches 80
 	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
 
 fuzz: $(OUT)/asan/fuzz
