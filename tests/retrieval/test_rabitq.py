@@ -124,9 +124,11 @@ class Plain:
         residual = self.centroids - mean
         sizes = np.abs(residual).sum(axis=1)
         factors = np.divide(np.square(residual).sum(axis=1), sizes, out=np.zeros(self.nlist), where=sizes > 0)
-        either = np.abs(residual) <= 2 * self.nlist * EPS * np.abs(self.centroids).max()  # signs that rounding decides
-        off = self.table(moved)[:, None] + 2 * np.abs(moved) @ either.T + 2 * self.dim * EPS * np.abs(moved).sum()
-        return (moved @ mean)[:, None] + factors * (moved @ np.sign(residual).T), factors * off
+        most, size = np.abs(self.centroids).max(), np.abs(moved).sum(axis=1, keepdims=True)
+        either = np.abs(residual) <= 2 * self.nlist * EPS * most  # signs that rounding decides
+        off = self.table(moved)[:, None] + 2 * np.abs(moved) @ either.T + 2 * self.dim * EPS * size
+        found = (moved @ mean)[:, None] + factors * (moved @ np.sign(residual).T)
+        return found, factors * off + (self.dim + self.nlist) * EPS * most * size
 
     def estimates(self, queries):
         """factor <q, sign r> [q, n], and how far the scan's may be."""
