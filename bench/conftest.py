@@ -1,6 +1,6 @@
 """Collects bench_*.py, times calls with their percentiles, and says on which machine it ran.
 
-The rows of the kernel and forward benches are printed as tables at the end, and kept where --bench-results says.
+The rows of the kernel, forward and gate benches are printed as tables at the end, and kept where --bench-results says.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import pytest
 
 import fastlvm
 import forward_table
+import gate_table
+import make_payload
 import table
 from fastlvm.evaluation.latency import machine
 from fastlvm.files import atomic_file, write_json
 from forward_results import ForwardResults
+from gate_results import GateResults
 from paired import Plan
 from results import Results, file_name
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 RESULTS = pytest.StashKey[Results]()
 FORWARD = pytest.StashKey[ForwardResults]()
+GATE = pytest.StashKey[GateResults]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-results", type=Path, help="folder to keep the tables of a whole run in, as JSON and Markdown"
     )
+    group.addoption("--gate-rows", type=int, default=make_payload.ROWS, help="rows of the payload of the latency gate")
+    group.addoption("--gate-hnsw", action="store_true", help="build the latency gate's HNSW rival, which takes long")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -48,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = sorted({1, min(2, fastlvm.get_num_threads())})
     config.stash[RESULTS] = Results(plan, threads)
     config.stash[FORWARD] = ForwardResults(plan, threads)
+    config.stash[GATE] = GateResults(plan, threads)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +76,11 @@ def rows(request: pytest.FixtureRequest) -> Results:
 @pytest.fixture(scope="session")
 def forward_results(request: pytest.FixtureRequest) -> ForwardResults:
     return request.config.stash[FORWARD]
+
+
+@pytest.fixture(scope="session")
+def gate_results(request: pytest.FixtureRequest) -> GateResults:
+    return request.config.stash[GATE]
 
 
 @pytest.fixture
@@ -95,6 +107,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder = config.getoption("--bench-results")
     _keep(terminalreporter, "kernels", config.stash[RESULTS], table.markdown, folder)
     _keep(terminalreporter, "forward", config.stash[FORWARD], forward_table.markdown, folder)
+    _keep(terminalreporter, "gate", config.stash[GATE], gate_table.markdown, folder)
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -110,7 +123,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _keep(
     terminalreporter: Any,
     title: str,
-    results: Results | ForwardResults,
+    results: Results | ForwardResults | GateResults,
     markdown: Callable[[dict[str, Any]], str],
     folder: Path | None,
 ) -> None:

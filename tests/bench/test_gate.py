@@ -1,0 +1,295 @@
+"""The latency gate: its file is read strictly, limits are judged as they stand, and a small run is kept and printed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import fastlvm
+from fastlvm import _C
+from fastlvm.errors import GateError, InputError
+from fastlvm.evaluation import gates as report_gates
+from fastlvm.evaluation import latency_gate
+from fastlvm.evaluation.gates import Threshold
+from fastlvm.evaluation.latency import Latency, Stage
+from fastlvm.evaluation.latency_gate import FIGURES, GATES, Verdict, parse
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import bench_predictor
+import forward_cases
+import forward_rivals
+import gate_cases
+import gate_rivals
+import gate_setup
+import make_payload
+import test_latency_gate as bench
+from gate_results import OURS, GateResults
+from gate_rivals import SEEDS, SQ8, USEARCH
+from gate_table import markdown
+from paired import Plan
+
+BENCH = Path(bench.__file__).parent
+STAGE = Stage(p50=0.8, p95=1.0, p99=1.2, mean=0.9)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def restore():
+    import faiss
+
+    isa, threads, torch_threads, omp = (
+        _C.isa(),
+        _C.get_num_threads(),
+        torch.get_num_threads(),
+        faiss.omp_get_max_threads(),
+    )
+    yield
+    _C.set_isa(isa)
+    _C.set_num_threads(threads)
+    torch.set_num_threads(torch_threads)
+    faiss.omp_set_num_threads(omp)
+
+
+# --- what gates say
+
+
+def test_the_file_and_the_package_have_the_same_gates():
+    assert bench.GATES == GATES
+    for name in ("epoch4", "final", "target", "stretch"):
+        seeds = next(limit for limit in report_gates.GATES[name] if limit.metric == "p95_ms")
+        assert GATES[name].limits == (Threshold("end_to_end_p95_ms", seeds.bound, at_most=True),)
+    assert [(gate.threads, len(gate.limits)) for gate in (GATES["ours"], GATES["ours-1-thread"])] == [(2, 4), (1, 2)]
+
+
+def test_a_gate_is_a_table_of_limits():
+    (gate,) = parse({"g": {"threads": 3, "model_p99_ms": 2, "recall_at_50": 0.5}}).values()
+    assert (gate.name, gate.threads) == ("g", 3)
+    assert gate.limits == (Threshold("model_p99_ms", 2.0, at_most=True), Threshold("recall_at_50", 0.5))
+    assert parse({}) == {} and len(FIGURES) == 10
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (1.5, "gate g is 1.5, and a table of limits is wanted"),
+        ({}, "gate g limits nothing"),
+        ({"threads": 2}, "gate g limits nothing"),
+        ({"p95_ms": 1.0}, "gate g limits 'p95_ms': choose of model_p50_ms, "),
+        ({"end_to_end_p90_ms": 1.0}, "limits 'end_to_end_p90_ms'"),
+        *(({"search_p95_ms": bad}, "milliseconds above 0 are wanted") for bad in (0, -1, "1", True, None)),
+        *(({"search_p95_ms": bad}, "milliseconds above 0 are wanted") for bad in (float("nan"), float("inf"))),
+        *(({"recall_at_50": bad}, "a share above 0 and up to 1 is wanted") for bad in (0, 1.01, 95, "0.9", True)),
+        *(({"model_p50_ms": 1, "threads": bad}, "a whole number from 1 on is wanted") for bad in (0, 1.0, "2", True)),
+    ],
+)
+def test_a_gate_that_is_no_such_table_is_refused(table, reason):
+    with pytest.raises(InputError, match="gate g ") as caught:
+        parse({"fine": {"model_p50_ms": 1}, "g": table})
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit", "value", "word", "measured"),
+    [
+        ("model_p95_ms", 1.45, 1.45, "met", "1.450"),
+        ("model_p95_ms", 1.45, np.nextafter(1.45, 2), "missed", None),
+        ("model_p95_ms", 1.45, 1.45004, "missed", "1.45004"),
+        ("model_p95_ms", 1.45, 0.2, "met", "0.200"),
+        ("recall_at_50", 0.95, 0.95, "met", "0.950"),
+        ("recall_at_50", 0.95, 0.94996, "missed", "0.94996"),
+        ("recall_at_50", 0.95, 1.0, "met", "1.000"),
+        ("recall_at_50", 0.95, None, "not measured", "–"),
+        ("model_p95_ms", 1.45, float("nan"), "missed", "nan"),
+    ],
+)
+def test_a_figure_at_its_limit_meets_it_and_none_beyond_it_looks_as_if_it_did(metric, limit, value, word, measured):
+    verdict = Verdict("g", Threshold(metric, limit, at_most=metric != "recall_at_50"), value)
+    assert (verdict.word, verdict.passed) == (word, word == "met")
+    if measured is not None:
+        assert verdict.measured == measured
+    if word == "missed" and value == value:
+        assert not verdict.limit.passed(float(verdict.measured))
+
+
+def test_figures_are_those_of_the_stages_and_only_what_is_missed_is_an_error():
+    latency = Latency({"model": STAGE, "search": STAGE, "total": STAGE}, 10, 2, 1, "a processor")
+    found = latency_gate.figures(latency, 0.9)
+    assert set(found) == set(FIGURES) and found["end_to_end_p95_ms"] == 1.0 and found["recall_at_50"] == 0.9
+    assert "recall_at_50" not in latency_gate.figures(latency)
+    gates = parse({"a": {"model_p50_ms": 0.8}, "b": {"search_p99_ms": 1.1, "recall_at_50": 0.95, "model_p95_ms": 1}})
+    verdicts = latency_gate.judge(gates.values(), latency, 0.9)
+    with pytest.raises(GateError) as caught:
+        latency_gate.enforce(verdicts)
+    assert str(caught.value) == (
+        "gate b missed: search_p99_ms is 1.200, and ≤ 1.1 is wanted, "
+        "recall_at_50 is 0.900 (recorded when the index was built), and ≥ 0.95 is wanted"
+    )
+    latency_gate.enforce(latency_gate.judge(gates.values(), latency, None)[:1])
+    assert [str(v) for v in latency_gate.check(gates["a"], {})] == ["model_p50_ms is –, and ≤ 0.8 is wanted"]
+
+
+# --- a run
+
+
+class Benchmark:
+    """pytest-benchmark's fixture as far as the gate bench uses it; every timed call takes 2 ms, whatever it does."""
+
+    def __init__(self):
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, call, setup=lambda: None, rounds=1):
+        for _ in range(rounds):
+            setup()
+            result = call()
+            self.stats.stats.data.append(2e-3)
+        return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The bench over 1,500 made rows and a small model, with few rivals; and its record."""
+    folder = tmp_path_factory.mktemp("gate")
+    changes = {
+        (make_payload, "BUILD"): folder,
+        (make_payload, "ROWS"): 1500,
+        (gate_cases, "TUNING"): 48,
+        (gate_cases, "CONTEXTS"): 64,
+        (gate_setup, "RECALLED"): 40,
+        (bench, "RECALLED"): 40,
+        (bench, "CHECKED"): 8,
+        (bench, "CALLS"): 4,
+        (bench, "RIVALS"): (SEEDS, SQ8, USEARCH),
+        (forward_cases, "model"): lambda: bench_predictor.model(n_layers=1, d_state=4),
+        (forward_rivals, "RIVALS"): forward_rivals.RIVALS[:1],
+        (gate_rivals.Builder, "_usearch"): absent,
+    }
+    record = GateResults(Plan(rounds=1, patience=0), [1, 2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FASTLVM_DATA", raising=False)
+        for (where, name), value in changes.items():
+            patch.setattr(where, name, value)
+        made = gate_setup.Setup(1500, 2)
+        contest = bench.Contest(made, False, folder, record)
+        given = {"contest": contest, "threads": [1, 2], "plan": record.plan, "gate_results": record}
+        for n in (2, 1):
+            for stage in gate_cases.STAGES:
+                bench.test_calls(Benchmark(), stage=stage, count=n, **given)
+            for clients in gate_cases.CLIENTS:
+                bench.test_load(Benchmark(), clients=clients, count=n, **given)
+        bench.test_rounds(Benchmark(), **given)
+        bench.test_batch(Benchmark(), **given)
+        yield SimpleNamespace(record=record, contest=contest, made=made, folder=folder, given=given)
+
+
+def absent(builder):
+    raise ModuleNotFoundError("No module named 'usearch'")
+
+
+def judged(run, monkeypatch, **tables):
+    """The record after the gates of these tables were judged, and what the tests of missed ones say."""
+    monkeypatch.setattr(bench, "GATES", parse(tables))
+    record, said = copy.deepcopy(run.record), []
+    given = {name: run.given[name] for name in ("contest", "threads")}
+    for name in tables:
+        try:
+            bench.test_gate(Benchmark(), name=name, gate_results=record, **given)
+        except AssertionError as error:
+            said.append(str(error).partition("\n")[0])
+    return record, said
+
+
+def test_contexts_to_choose_on_and_to_measure_with_are_of_different_articles(run):
+    tuning, measuring = gate_cases.windows(run.made.payload)
+    articles = run.made.payload.keys[:, 0]
+    assert len(tuning) and len(measuring) and not set(articles[tuning].ravel()) & set(articles[measuring].ravel())
+    for rows in (tuning, measuring):
+        keys = run.made.payload.keys[rows]
+        assert (np.diff(keys[..., 0]) == 0).all() and (np.diff(keys[..., 1]) == 1).all()
+
+
+def test_the_recall_is_that_of_exact_search_for_what_is_predicted(run):
+    made = run.made
+    queries, rows = made.predicted[:40], np.asarray(made.payload.vectors, np.float32)
+    exact = np.argsort(-(queries @ rows.T), axis=1)[:, :50]
+    found = made.predictor.search(made.contexts[:40], 50).ids
+    share = np.mean([len(set(a) & set(b)) / 50 for a, b in zip(exact, found, strict=True)])
+    assert run.record.indexes[OURS]["recall"] == pytest.approx(share, abs=2e-3) and share > 0.9
+    assert gate_cases.recall(np.array([[1, 2, -1]]), np.array([[2, 7, 1, -1]])) == pytest.approx(2 / 4)
+
+
+def test_predictions_lie_where_real_ones_do_and_those_of_the_drawn_head_do_not(run):
+    assert run.made.realism >= gate_cases.REAL
+    drawn = run.made.reals["predictions with the head as drawn"]
+    assert drawn["first"] < 0.5 * run.made.reals["window means"]["first"]
+
+
+def test_a_second_setup_builds_nothing(run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(fastlvm.Index, "build", refuse)
+    monkeypatch.setattr(gate_setup, "nearest", refuse)
+    monkeypatch.setattr(gate_rivals.Builder, "engine", refuse)
+    again = gate_setup.Setup(1500, 2)
+    assert again.folder == run.made.folder and np.array_equal(again.truth, run.made.truth)
+    engine, _ = gate_rivals.load(SQ8, again.rivals_folder, lambda: again.builder)
+    assert engine.setting == run.contest.engines[SQ8].setting
+
+
+def test_a_run_has_every_row_and_says_why_a_rival_has_none(run, monkeypatch):
+    record, said = judged(run, monkeypatch, good={"end_to_end_p95_ms": 2.0, "recall_at_50": 0.5})
+    assert not said and record.complete()
+    assert {(row["name"], row["threads"]) for row in record.paired if row["stage"] == "search"} == {
+        (name, n) for name in (OURS, SEEDS, SQ8) for n in (1, 2)
+    }
+    whole = {row["name"] for row in record.paired if row["stage"] == "end_to_end"}
+    assert whole == {OURS, f"PyTorch fp32 + {SEEDS}"}
+    assert record.reasons == {USEARCH: "cannot be imported: No module named 'usearch'"}
+    assert [row["calls"] for row in record.load_rows[:4]] == [4, 4, 4, 8]
+    text = markdown(record.data())
+    assert "| good | 2       | end_to_end_p95_ms | ≤ 2    | 2.000    | met |" in text
+    assert "No module named 'usearch'" in text and "1,500 × 768" in text
+    partial = copy.deepcopy(record)
+    partial.load_rows.pop()
+    assert not partial.complete()
+    monkeypatch.setattr(make_payload, "ROWS", 584_545)
+    assert not record.complete()
+
+
+def test_a_gate_that_is_missed_or_not_measured_fails_and_is_printed(run, monkeypatch):
+    tables = {"slow": {"threads": 1, "model_p50_ms": 1.9, "model_p95_ms": 2.1}, "good": {"recall_at_50": 0.5}}
+    record, said = judged(run, monkeypatch, **tables)
+    assert said == ["gate slow missed on 1 threads: model_p50_ms is 2.000, and ≤ 1.9 is wanted"]
+    assert [row["verdict"] for row in record.verdicts] == ["missed", "met", "met"]
+    assert "| missed |" in markdown(record.data())
+    run = SimpleNamespace(record=GateResults(Plan(), [1, 2]), given=run.given)
+    _, said = judged(run, monkeypatch, early={"search_p95_ms": 1})
+    assert said == ["gate early missed on 2 threads: search_p95_ms is –, and ≤ 1 is wanted"]
+
+
+def test_what_a_client_meets_is_raised_where_it_is_seen():
+    def search(context, k):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        bench.under_load(SimpleNamespace(search=search), np.zeros((4, 5, 2)), 3, 2)
+
+
+def test_a_whole_run_is_kept_under_its_own_name(run, monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    record, _ = judged(run, monkeypatch, slow={"model_p50_ms": 1.9})  # a missed gate is kept as well
+    lines = []
+    conftest._keep(SimpleNamespace(section=lines.append, write_line=lines.append), "gate", record, markdown, tmp_path)
+    (kept,) = tmp_path.glob("gate-*-2-threads.json")
+    data = json.loads(kept.read_text(encoding="utf-8"))
+    assert markdown(data) == kept.with_suffix(".md").read_text(encoding="utf-8") and "| missed |" in markdown(data)
