@@ -83,6 +83,7 @@ def test_statistics_are_those_of_the_sources(made, monkeypatch, one_thread):
     third = np.concatenate([block for block, _ in make_payload.made(part, numbers, rows, 0)])
     wanted = make_payload.statistics(real.vectors, real.articles)
     from_third = make_payload.statistics(third, make_payload._keys(numbers, rows, 0)[:, 0])
+    monkeypatch.setattr(make_payload, "ROWS_PER_LIST", 320)  # as many lists
     from_all = make_payload.statistics(made.vectors.view(np.ndarray), made.keys[:, 0])
     for found in (from_third, from_all):
         off = {name: found[name] - value for name, value in wanted.items()}
