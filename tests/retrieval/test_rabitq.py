@@ -444,6 +444,29 @@ def test_the_rotation_is_signs_and_hadamard_transforms(isa, dim):
     assert (np.abs(moved @ moved.T - products) <= (2 * off + off**2) * np.outer(lengths, lengths)).all()
 
 
+@pytest.mark.parametrize("dim", (1, 5, 37, 256))
+def test_rows_are_coded_by_what_they_differ_from_their_centroid(dim):
+    """Its level is the least squares', a row's list the nearest, its bits and factor those of the residual."""
+    plain, (rows, _) = plainly(dim), crowds(dim)
+    moved = plain.moved(rows).astype(np.float64)
+    near = moved @ plain.centroids.T
+    rounding = (dim + 2) * EPS * np.abs(moved).max(axis=1) * np.abs(plain.centroids).sum(axis=1).max()
+    best = near.max(axis=1)
+    assert (near[np.arange(plain.n), plain.list] >= best - 2 * rounding).all()
+    square = np.square(plain.centroids).sum(axis=1).mean()
+    assert abs(plain.level - best.mean() / square) <= (rounding.max() + 32 * EPS * best.max()) / square
+    centroids = plain.level * plain.centroids[plain.list]
+    residual, off = moved - centroids, 2 * EPS * (np.abs(moved) + np.abs(centroids)).max()
+    assert ((np.sign(residual) == plain.bits) | (np.abs(residual) <= off)).all()
+    size, square = np.abs(residual).sum(axis=1), np.square(residual).sum(axis=1)
+    known = size > 4 * dim * off  # else it is all rounding
+    assert known.any()
+    factors, size, square = plain.factors[known], size[known], square[known]
+    wanted = square / size
+    allowed = (2 + dim * square / size**2) * off / (1 - dim * off / size) + (dim + 4) * EPS * wanted
+    assert (np.abs(factors - wanted) <= allowed).all()
+
+
 def test_eight_bits_are_half_a_step_off():
     rows = normal(50, 37, seed=15) * np.float32(10.0) ** np.arange(-10, 40)[:, None].clip(max=30)
     rows[7] = 0
