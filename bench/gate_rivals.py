@@ -124,6 +124,7 @@ class Builder:
     def __init__(self, vectors: Vectors, queries: np.ndarray, truth: np.ndarray, lists: int, threads: int) -> None:
         self.vectors, self.queries, self.truth = vectors, queries, truth
         self.lists, self.threads = min(lists, len(vectors)), threads
+        self._choice = building._Choice(vectors, ASKED, queries, 0)  # one, whose centroids all kinds share
 
     def engine(self, name: str) -> Engine:
         """At its smallest setting of ASKED; only the seeds' has theirs. Raises ImportError where a package lacks."""
@@ -135,7 +136,7 @@ class Builder:
         if name == USEARCH:
             return self.set(self._usearch())
         kind = {FLAT: "ivf_flat", SQ8: "ivf_sq8", HNSW: "hnsw"}[name]
-        searcher: Any = building.build(self.vectors, kind, wanted=ASKED, queries=self.queries).searcher
+        searcher: Any = self._choice.of(kind).searcher
         index = searcher._index
         lists = {} if name == HNSW else {"nlist": index.nlist}
         return Faiss(index, {**lists, "setting": searcher.setting})

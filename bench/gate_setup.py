@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from gate_cases import ASKED, PRECISION, RECALLED, SCORED, model
 
 RECIPE = 1  # of the rivals' indexes: counts up when they change
 # What decides on the bytes of our artifact, by syntax alone: a comment makes no new one.
+_CASES = ("bench_predictor", "forward_cases", "gate_cases")
 _MAKERS = (
-    *("bench_predictor", "forward_cases", "gate_cases"),
-    *(f"fastlvm.retrieval.{name}" for name in ("build", "faiss_kinds", "measure", "rabitq", "vectors")),
-    *(f"fastlvm.predictor.{name}" for name in ("blocks", "export", "layers", "pack")),
+    *_CASES,
+    *(f"fastlvm.retrieval.{name}" for name in ("build", "faiss_kinds", "measure", "rabitq", "record", "vectors")),
+    *(f"fastlvm.predictor.{name}" for name in ("artifact", "blocks", "export", "layers", "pack")),
 )
 
 
@@ -45,7 +47,8 @@ class Setup:
 
     def __init__(self, rows: int, threads: int) -> None:
         self.payload, self.threads = make_payload.payload(rows), threads
-        self.folder = make_payload.BUILD / f"gate-{rows}-{self._digest()}"
+        made_of = [self.payload.id, faiss.__version__, _syntax(_MAKERS)]
+        self.folder = make_payload.BUILD / f"gate-{rows}-{sha256_json(made_of)[:12]}"
         self.vectors = Vectors(self.payload, Space.identity(self.payload.dim), representatives(self.payload.groups))
         tuning, measuring = gate_cases.windows(self.payload)
         self.module = model()
@@ -56,12 +59,6 @@ class Setup:
         self.predicted = self.predictor.predict(self.contexts)
         self.truth = self._nearest("truth", self.predicted[:RECALLED])
         self.reals = self._reals()
-
-    def _digest(self) -> str:
-        files = [str(importlib.import_module(name).__file__) for name in _MAKERS]
-        texts = [Path(file).read_text(encoding="utf-8") for file in files]
-        made_by = hashlib.sha256("\n".join(ast.dump(ast.parse(text)) for text in texts).encode()).hexdigest()
-        return sha256_json([self.payload.id, faiss.__version__, made_by])[:12]
 
     @functools.cached_property
     def _forward(self) -> Forward:
@@ -129,14 +126,21 @@ class Setup:
 
     @functools.cached_property
     def rivals_folder(self) -> Path:
-        """Rivals' indexes depend on ours in the number of lists of one, and in the queries their settings are for."""
-        made_of = [RECIPE, self.payload.id, faiss.__version__, ASKED, self.own["options"]["nlist"]]
+        """Rivals' indexes depend on the model, whose predictions settings are chosen on, and one on our lists."""
+        made_of = [RECIPE, self.payload.id, faiss.__version__, _syntax(_CASES), self.own["options"]["nlist"]]
         return make_payload.BUILD / f"gate-rivals-{len(self.payload)}-{sha256_json(made_of)[:12]}"
 
     @functools.cached_property
     def builder(self) -> gate_rivals.Builder:
         truth = self._nearest("tuning", self.tuning)
         return gate_rivals.Builder(self.vectors, self.tuning, truth, self.own["options"]["nlist"], self.threads)
+
+
+def _syntax(modules: Sequence[str]) -> list[str]:
+    """A hash of each module's source, the same whatever its comments and layout."""
+    files = [Path(str(importlib.import_module(name).__file__)) for name in modules]
+    trees = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    return [hashlib.sha256(tree.encode()).hexdigest() for tree in trees]
 
 
 def _predict(module: Any, contexts: np.ndarray) -> np.ndarray:
