@@ -31,6 +31,8 @@ struct Scan {
   int64_t rows, pairs;
   const uint8_t* bits;   // [blocks, columns, block_rows]
   const float* factors;  // [rows]
+  const uint8_t* next;   // bits and factors of what is scanned afterwards, to be fetched meanwhile
+  const float* next_factors;
   Table table;
   float centroid;   // <q, c>
   float threshold;  // estimates below it are left out

@@ -58,23 +58,26 @@ Ranking::Ranking(const Coded& rows, const SearchKernels& kernels, int seats, int
   const auto take = [&]<class T>(T*& to, int64_t n) {
     to = static_cast<T*>(workspace.take(static_cast<size_t>(n) * sizeof(T)));
   };
+  const int64_t room = std::min(2 * most, rows.count) + of_scan;  // every row is found once
   take(found_, seats);
   for (int seat = 0; seat < seats; ++seat) {
     Found& found = found_[seat] = {};
-    take(found.keys, 2 * most + of_scan), take(found.scores, of_scan), take(found.positions, of_scan);
+    take(found.keys, room), take(found.scores, of_scan), take(found.positions, of_scan);
   }
-  take(best_, seats * (2 * most + of_scan));
+  take(best_, seats * room);
   take(positions_, most), take(scores_, most);
 }
 
-void Ranking::scan(int seat, const Table& table, int64_t first, int64_t count, int64_t block, float centroid) {
+void Ranking::scan(int seat, const Table& table, const RowSpan& rows, float centroid, const RowSpan& next) {
   Found& found = found_[seat];
-  for (int64_t row = 0; row < count; row += of_scan) {
-    const int64_t kept =
-        kernels_.scan({std::min(of_scan, count - row), rows_.pairs,
-                       rows_.bits + (block + row / block_rows) * 2 * rows_.pairs * block_rows,
-                       rows_.factors + first + row, table, centroid, threshold_.load(std::memory_order_relaxed),
-                       static_cast<int32_t>(first + row), found.scores, found.positions});
+  const auto bits = [&](int64_t block) { return rows_.bits + block * 2 * rows_.pairs * block_rows; };
+  for (int64_t row = 0; row < rows.count; row += of_scan) {
+    const int64_t first = rows.first + row, block = rows.block + row / block_rows;
+    const RowSpan then = row + of_scan < rows.count ? RowSpan{first + of_scan, 0, block + of_scan / block_rows} : next;
+    const int64_t kept = kernels_.scan({std::min(of_scan, rows.count - row), rows_.pairs, bits(block),
+                                        rows_.factors + first, bits(then.block), rows_.factors + then.first, table,
+                                        centroid, threshold_.load(std::memory_order_relaxed),
+                                        static_cast<int32_t>(first), found.scores, found.positions});
     for (int64_t i = 0; i < kept; ++i)
       found.keys[found.count + i] = key_of(found.scores[i], static_cast<uint32_t>(found.positions[i]));
     found.count += kept;

@@ -21,20 +21,24 @@ void best_to_front(uint64_t* keys, int64_t count, int64_t most);
 
 // Coded rows that a scan ranks.
 struct Coded {
-  int64_t dim, pairs;
+  int64_t dim, pairs, count;
   const uint8_t* bits;
   const float* factors;
   const int8_t* codes;
   const float* scales;
 };
 
+// Rows [first, first + count), whose bits begin with `block`.
+struct RowSpan {
+  int64_t first, count, block;
+};
+
 class Ranking {
  public:
   Ranking(const Coded& rows, const SearchKernels& kernels, int seats, int64_t most, Workspace& workspace);
 
-  // By any thread: rows [first, first + count), whose bits begin with `block`, <q, c> of their centroid. `seat` is the
-  // caller's own.
-  void scan(int seat, const Table& table, int64_t first, int64_t count, int64_t block, float centroid);
+  // By any thread: some rows, <q, c> of their centroid, and the rows that `seat`, the caller's own, scans afterwards.
+  void scan(int seat, const Table& table, const RowSpan& rows, float centroid, const RowSpan& next);
   // By one thread, after all scans: settles which rows are scored.
   void gather();
   int64_t count() const { return count_; }
@@ -57,7 +61,7 @@ class Ranking {
   static constexpr int64_t at_once = 16;
 
   struct Found {
-    uint64_t* keys;  // [2 most_ + of_scan]
+    uint64_t* keys;  // [room]
     int64_t count;
     float* scores;
     int32_t* positions;  // [of_scan]

@@ -42,8 +42,9 @@ inline void fill(const float* query, int64_t dim, int64_t pairs, Table& table) {
     most = size > most ? size : most, sum += size;
   }
   const float steps = static_cast<float>(smaller(most_entry, 65535 / groups));
-  const float inverse = most > 0 ? steps / most : 0.0f;
-  table.base = -sum, table.step = most > 0 ? 2 * most / steps : 0.0f;
+  const bool empty = !(most > 1e-30f);  // the inverse of a smaller step is no number
+  const float inverse = empty ? 0.0f : steps / most;
+  table.base = -sum, table.step = empty ? 0.0f : 2 * most / steps;
   for (int64_t g = 0; g < groups; ++g) {
     float four[4], least = 0, entries[16];
     for (int j = 0; j < 4; ++j) four[j] = at(4 * g + j) * inverse, least += four[j] < 0 ? four[j] : 0.0f;
@@ -58,10 +59,12 @@ inline void fill(const float* query, int64_t dim, int64_t pairs, Table& table) {
 
 // Sums of the entries that the codes of a block's rows select.
 #if defined(FASTLVM_VECTOR_AVX512)
-inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pairs, uint16_t* sums) {
+inline void block_sums(const uint8_t* bits, const uint8_t* ahead, const uint8_t* entries, int64_t pairs,
+                       uint16_t* sums) {
   const __m512i low = _mm512_set1_epi8(15);
   __m512i all = _mm512_setzero_si512(), odd = all;  // words of two rows, and what their odd ones hold
   const auto halves = [&](int64_t pair) {
+    prefetch(ahead + pair * 64);
     const __m512i codes = _mm512_loadu_si512(bits + pair * 64);
     const uint8_t* const from = entries + pair * entries_of_pair;
     return _mm512_add_epi8(
@@ -85,7 +88,8 @@ inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pair
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16), _mm256_permute2x128_si256(first, second, 0x31));
 }
 #elif defined(FASTLVM_VECTOR_AVX2)
-inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pairs, uint16_t* sums) {
+inline void block_sums(const uint8_t* bits, const uint8_t* ahead, const uint8_t* entries, int64_t pairs,
+                       uint16_t* sums) {
   const __m256i low = _mm256_set1_epi8(15);
   __m256i all = _mm256_setzero_si256(), odd = all;
   const auto load = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
@@ -95,6 +99,7 @@ inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pair
                            _mm256_shuffle_epi8(load(table + 64), _mm256_and_si256(_mm256_srli_epi16(codes, 4), low)));
   };
   for (int64_t pair = 0; pair < pairs; ++pair) {
+    prefetch(ahead + pair * 64);
     const uint8_t *const from = bits + pair * 64, *const table = entries + pair * entries_of_pair;
     const __m256i bytes = _mm256_add_epi8(halves(from, table), halves(from + 32, table + 32));
     all = _mm256_add_epi16(all, bytes);
@@ -106,10 +111,12 @@ inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pair
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16), _mm256_permute2x128_si256(first, second, 0x31));
 }
 #elif defined(FASTLVM_VECTOR_NEON)
-inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pairs, uint16_t* sums) {
+inline void block_sums(const uint8_t* bits, const uint8_t* ahead, const uint8_t* entries, int64_t pairs,
+                       uint16_t* sums) {
   const uint8x16_t low = vdupq_n_u8(15);
   uint16x8_t total[4] = {vdupq_n_u16(0), vdupq_n_u16(0), vdupq_n_u16(0), vdupq_n_u16(0)};
   for (int64_t pair = 0; pair < pairs; ++pair) {
+    prefetch(ahead + pair * 64);
     const uint8_t *const from = bits + pair * 64, *const table = entries + pair * entries_of_pair;
     for (int half = 0; half < 2; ++half) {
       uint8x16_t bytes = vdupq_n_u8(0);
@@ -125,9 +132,11 @@ inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pair
   for (int i = 0; i < 4; ++i) vst1q_u16(sums + 8 * i, total[i]);
 }
 #else
-inline void block_sums(const uint8_t* bits, const uint8_t* entries, int64_t pairs, uint16_t* sums) {
+inline void block_sums(const uint8_t* bits, const uint8_t* ahead, const uint8_t* entries, int64_t pairs,
+                       uint16_t* sums) {
   for (int64_t row = 0; row < block_rows; ++row) sums[row] = 0;
   for (int64_t column = 0; column < 2 * pairs; ++column) {
+    prefetch(ahead + column * block_rows);
     const uint8_t* const table = entries + column / 2 * entries_of_pair + column % 2 * 32;
     for (int64_t row = 0; row < block_rows; ++row) {
       const uint8_t code = bits[column * block_rows + row];
@@ -167,12 +176,17 @@ inline int64_t keep(const Scan& s, const uint16_t* sums, int64_t row, int64_t ro
   return kept;
 }
 
+// Lists are short and lie anywhere: the processor's own prefetcher has hardly found one when it ends.
 inline int64_t scan(const Scan& s) {
+  constexpr int64_t ahead = 2;
+  const int64_t block_bytes = s.pairs * 2 * block_rows, blocks = div_up(s.rows, block_rows);
   int64_t kept = 0;
-  const int64_t block_bytes = s.pairs * 2 * block_rows;
-  for (int64_t row = 0; row < s.rows; row += block_rows) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t later = block + ahead, row = block * block_rows;
+    const uint8_t* const bits = later < blocks ? s.bits + later * block_bytes : s.next + (later - blocks) * block_bytes;
+    if (later >= blocks) prefetch(s.next_factors + (later - blocks) * block_rows);
     alignas(64) uint16_t sums[block_rows];
-    block_sums(s.bits + row / block_rows * block_bytes, s.table.entries, s.pairs, sums);
+    block_sums(s.bits + block * block_bytes, bits, s.table.entries, s.pairs, sums);
     kept = keep(s, sums, row, smaller(block_rows, s.rows - row), kept);
   }
   return kept;

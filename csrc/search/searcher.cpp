@@ -37,22 +37,22 @@ Searcher::Searcher(const ListsSource& source) : lists_(source) {
   code_centroids();
 }
 
-// Codes of the centroids as if they were the rows of one list.
+// Codes of the centroids as if they were the rows of one list, whose <q, c> is the same for all and left out.
 void Searcher::code_centroids() {
   const int64_t dim = lists_.dim, nlist = lists_.nlist, columns = 2 * pairs_of(dim);
-  mean_.assign(static_cast<size_t>(dim), 0.0f);
+  std::vector<float> mean(static_cast<size_t>(dim));
   const auto at = [&](int64_t l, int64_t i) {
     return static_cast<float>(lists_.centroids[l * dim + i]) * lists_.centroid_scales[l];
   };
   for (int64_t l = 0; l < nlist; ++l)
-    for (int64_t i = 0; i < dim; ++i) mean_[static_cast<size_t>(i)] += at(l, i) / static_cast<float>(nlist);
+    for (int64_t i = 0; i < dim; ++i) mean[static_cast<size_t>(i)] += at(l, i) / static_cast<float>(nlist);
   centroid_bits_.assign(static_cast<size_t>((nlist + block_rows - 1) / block_rows * columns * block_rows), 0);
   centroid_factors_.resize(static_cast<size_t>(nlist));
   for (int64_t l = 0; l < nlist; ++l) {
     float square = 0, size = 0;
     uint8_t* const bits = &centroid_bits_[static_cast<size_t>(l / block_rows * columns * block_rows + l % block_rows)];
     for (int64_t i = 0; i < dim; ++i) {
-      const float r = at(l, i) - mean_[static_cast<size_t>(i)];
+      const float r = at(l, i) - mean[static_cast<size_t>(i)];
       square += r * r, size += std::fabs(r);
       if (r > 0) bits[i / 8 * block_rows] |= static_cast<uint8_t>(1 << i % 8);
     }
@@ -71,17 +71,20 @@ class Searcher::Query {
         excluded_(excluded),
         options_(options),
         seats_(seats),
-        centroids_{
-            lists_.dim,       pairs_of(lists_.dim),  searcher.centroid_bits_.data(), searcher.centroid_factors_.data(),
-            lists_.centroids, lists_.centroid_scales},
-        rows_{lists_.dim, centroids_.pairs, lists_.bits, lists_.factors, lists_.codes, lists_.scales},
+        centroids_{lists_.dim,
+                   pairs_of(lists_.dim),
+                   lists_.nlist,
+                   searcher.centroid_bits_.data(),
+                   searcher.centroid_factors_.data(),
+                   lists_.centroids,
+                   lists_.centroid_scales},
+        rows_{lists_.dim, centroids_.pairs, lists_.rows, lists_.bits, lists_.factors, lists_.codes, lists_.scales},
         near_(centroids_, kernels_, seats, std::min(lists_.nlist, centroids_scored * options.nprobe), workspace),
         best_(rows_, kernels_, seats, options.candidates, workspace),
         scores_(scores),
         ids_(ids) {
     table_.entries = static_cast<uint8_t*>(workspace.take(static_cast<size_t>(centroids_.pairs * 128)));
     kernels_.fill(query_, lists_.dim, centroids_.pairs, table_);
-    for (int64_t i = 0; i < lists_.dim; ++i) mean_ += query_[i] * searcher.mean_[static_cast<size_t>(i)];
     per_seat_ = (options_.nprobe + seats_ - 1) / seats_;
     const int64_t parts[] = {(lists_.nlist + centroids_at_once - 1) / centroids_at_once,
                              1,
@@ -97,8 +100,8 @@ class Searcher::Query {
 
   void work(int seat) {
     each(scan_centroids, seat, [&](int64_t part) {
-      const int64_t first = part * centroids_at_once;
-      near_.scan(seat, table_, first, std::min(centroids_at_once, lists_.nlist - first), first / block_rows, mean_);
+      const int64_t first = part * centroids_at_once, rows = std::min(centroids_at_once, lists_.nlist - first);
+      near_.scan(seat, table_, {first, rows, first / block_rows}, 0, {first + rows, 0, (first + rows) / block_rows});
     });
     each(gather_centroids, seat, [&](int64_t) { near_.gather(); });
     each(score_centroids, seat, [&](int64_t part) { near_.score(part, query_); });
@@ -106,8 +109,8 @@ class Searcher::Query {
     each(scan, seat, [&](int64_t part) {
       const int64_t turn = part % per_seat_ * seats_ + part / per_seat_;  // the nearest lists go to all seats
       if (turn >= probed_) return;
-      const List& list = searcher_.list_[place_of(near_[turn])];
-      best_.scan(seat, table_, list.first, list.rows, list.block, *lists_.level * score_of(near_[turn]));
+      best_.scan(seat, table_, list(turn), *lists_.level * score_of(near_[turn]),
+                 list(std::min(turn + seats_, probed_ - 1)));
     });
     each(gather, seat, [&](int64_t) { best_.gather(); });
     each(score, seat, [&](int64_t part) { best_.score(part, query_); });
@@ -123,6 +126,8 @@ class Searcher::Query {
     for (int64_t part; (part = phases_->claim(phase, seat)) >= 0; ++done) f(part);
     phases_->finish(phase, done);
   }
+
+  const RowSpan& list(int64_t turn) const { return searcher_.list_[place_of(near_[turn])]; }
 
   void write() {
     const int64_t* const end = excluded_ + options_.excluded_count;
@@ -148,7 +153,6 @@ class Searcher::Query {
   int64_t* ids_;
 
   Table table_{};
-  float mean_ = 0;  // <q, mean of the centroids>
   int64_t per_seat_, probed_ = 0;
   Phases* phases_;
 };

@@ -8,6 +8,7 @@
 
 #include "predictor/workspace.h"
 #include "search/lists.h"
+#include "search/ranking.h"
 
 namespace fastlvm {
 
@@ -49,9 +50,6 @@ class Searcher {
   static int64_t pairs_of(int64_t dim) { return (dim + 15) / 16; }
 
  private:
-  struct List {
-    int64_t first, rows, block;
-  };
   class Query;
 
   void code_centroids();
@@ -59,8 +57,7 @@ class Searcher {
               int64_t* ids) const;
 
   ListsSource lists_;
-  std::vector<List> list_;
-  std::vector<float> mean_;  // of the centroids
+  std::vector<RowSpan> list_;
   std::vector<uint8_t> centroid_bits_;
   std::vector<float> centroid_factors_;
   mutable Workspaces idle_;

@@ -282,8 +282,8 @@ class Case {
     const int64_t block_bytes = columns() * block_rows, room = blocks_of(rows) * block_rows;
     const Numbers<uint8_t> bits(draw_, bits_.data() + block * block_bytes, blocks_of(rows) * block_bytes);
     const auto scan = [&](float threshold, const Numbers<float>& scores, const Numbers<int32_t>& positions) {
-      return kernel.scan({rows, pairs(), bits.data(), factors.data(), table, 0.25f, threshold,
-                          static_cast<int32_t>(first), scores.data(), positions.data()});
+      return kernel.scan({rows, pairs(), bits.data(), factors.data(), bits.data(), factors.data(), table, 0.25f,
+                          threshold, static_cast<int32_t>(first), scores.data(), positions.data()});
     };
     const Numbers<float> all(draw_, room), some(draw_, room);
     const Numbers<int32_t> every(draw_, room), which(draw_, room);

@@ -170,7 +170,8 @@ class Index:
 
         queries float [n, dim], or [dim] for n = 1, in the index's space; their length only scales the scores. exclude:
         integer payload rows [n, m], or [m] for all queries, -1 = none; the whole duplicate group of each is left out.
-        The result is what filtering an unlimited search of the same lists would leave.
+        The result is what filtering an unlimited search of the same lists would leave, for kind ivf_rabitq among the
+        candidates that it scores.
         """
         queries = _checked_queries(queries, self.dim)
         k = _checked_k(k)

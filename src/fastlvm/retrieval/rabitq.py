@@ -24,7 +24,7 @@ from fastlvm.retrieval.faiss_kinds import centroids as trained
 from fastlvm.retrieval.searcher import Searcher, Shape
 from fastlvm.retrieval.vectors import Vectors
 
-CANDIDATES = 6
+CANDIDATES = 8
 """Rows scored by eight bits for every one that is asked for."""
 
 _SAMPLE = 8192  # rows that the level is chosen by
