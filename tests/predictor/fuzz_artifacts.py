@@ -93,6 +93,7 @@ def make(folder: Path) -> list[Base]:
         Index.build(payload, "ivf_flat", space=spaces[2], nlist=2, nprobe=1),
         Index.build(payload, "ivf_sq8", space=spaces[0], nlist=2, nprobe=1),
         Index.build(payload, "hnsw", space=spaces[2]),
+        Index.build(payload, "ivf_rabitq", space=spaces[2], nlist=2, nprobe=2),
     )
     found = []
     for layers, precision in itertools.product((MAMBA, MIXED, MEAN), PRECISIONS):

@@ -595,6 +595,8 @@ def other_rows(target: Target) -> None:
 def odd_faiss(target: Target) -> None:
     """A number of FAISS's file changed: fields of its headers, and sizes and rows of its lists wherever they are."""
     rng, name = target.rng, "index/index.faiss"
+    if name not in target.files:
+        return odd_lists(target)
     data = bytearray(target.files[name])
     for _ in range(rng.choice((1, 1, 2))):
         layout = rng.choice("bihqQ")
@@ -607,6 +609,31 @@ def odd_faiss(target: Target) -> None:
         new = rng.choice((old + 1, old - 1, -old, 2 * old, 0, 1, 2**31, 2**34, 2**62, 2**63 - 1, 2**64 - 1, -1))
         data[at : at + wide] = (new % 2 ** (8 * wide)).to_bytes(wide, "little")
     target.files[name] = bytes(data)
+
+
+@damage(2)
+def odd_lists(target: Target) -> None:
+    """An array of our own lists with other numbers, or of another shape or type; of another kind, keys or groups."""
+    rng = target.rng
+    own = [name for name in sorted(target.files) if name.startswith("index/") and name.endswith(".npy")]
+    name = rng.choice([one for one in own if one not in ("index/keys.npy", "index/groups.npy")] or own)
+    array = np.load(io.BytesIO(target.files[name]))
+    if rng.random() < 0.3:
+        ways: tuple[Callable[[], Any], ...] = (
+            lambda: array.astype(rng.choice(("<f8", "<i8", "<u4", "?"))),
+            lambda: array[:-1],
+            lambda: np.concatenate([array, array]),
+            lambda: array.ravel(),
+            lambda: array[None],
+        )
+        with np.errstate(all="ignore"):
+            target.files[name] = _npy(rng.choice(ways)(), rng)
+        return
+    numbers = array.reshape(-1).view(np.uint8).reshape(array.size, array.itemsize)
+    for _ in range(rng.choice((1, 1, 2, 50))):
+        pattern = rng.choice((b"\0", b"\xff", b"\x7f", b"\x80", bytes([rng.randrange(256)])))
+        numbers[rng.randrange(array.size), rng.randrange(array.itemsize) :] = np.frombuffer(pattern, np.uint8)
+    target.files[name] = _npy(array, rng)
 
 
 @damage(2)
