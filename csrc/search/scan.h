@@ -162,7 +162,7 @@ inline int64_t keep(const Scan& s, const uint16_t* sums, int64_t row, int64_t ro
     const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(s.first + static_cast<int32_t>(row + i)));
     _mm512_storeu_ps(s.scores + kept, _mm512_maskz_compress_ps(good, scores));
     _mm512_storeu_si512(s.positions + kept, _mm512_maskz_compress_epi32(good, positions));
-    kept += __builtin_popcount(good);
+    kept += _mm_popcnt_u32(good);
   }
 #else
   float signs[block_rows], scores[block_rows];
