@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from fastlvm.files import atomic_file, read_json, write_json
 from fastlvm.retrieval import build as building
+from fastlvm.retrieval.blas import faiss
 from fastlvm.retrieval.faiss_kinds import centroids
 from fastlvm.retrieval.measure import smallest_setting
 from fastlvm.retrieval.vectors import Vectors

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 import fastlvm
@@ -24,6 +23,7 @@ from fastlvm.files import atomic_file, atomic_folder, read_json, sha256_json, wr
 from fastlvm.predictor.export import describe
 from fastlvm.predictor.forward import Forward, Plan
 from fastlvm.predictor.pack import pack
+from fastlvm.retrieval.blas import faiss
 from fastlvm.retrieval.measure import nearest
 from fastlvm.retrieval.rabitq import IvfRabitq
 from fastlvm.retrieval.vectors import Vectors, representatives

@@ -208,7 +208,7 @@ def statistics(vectors: np.ndarray, articles: np.ndarray, origins: np.ndarray | 
     found are its K nearest by exact search. Lists are those of FAISS's IVF-Flat of ROWS_PER_LIST rows a list; a recall
     is the share of the found in so large a share of the lists, nearest first.
     """
-    import faiss
+    from fastlvm.retrieval.blas import faiss
 
     if len(vectors) < K + 5 or not (articles[4:] == articles[:-4]).any():
         raise InputError(f"{len(vectors)} rows are too few to check: {K + 5} and an article of 5 chunks are wanted")

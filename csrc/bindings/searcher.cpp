@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "predictor/model.h"
@@ -43,7 +44,7 @@ py::buffer_info contiguous(const char* name, py::handle object, std::initializer
 // A Searcher and the arrays it reads.
 class Holder {
  public:
-  explicit Holder(const py::dict& parts) {
+  Holder(const py::dict& parts, int64_t tail_first) {
     ListsSource source{};
     const auto part = [&](const char* name) {
       if (!parts.contains(name)) fail(std::string(name) + " is missing");
@@ -52,10 +53,10 @@ class Holder {
     const py::buffer_info codes = contiguous<int8_t>("codes", part("codes"), {-1, -1}, false);
     const py::buffer_info sizes = contiguous<int64_t>("sizes", part("sizes"), {-1}, false);
     source.rows = codes.shape[0], source.dim = codes.shape[1], source.nlist = sizes.shape[0];
-    if (source.rows < 1 || source.rows > INT32_MAX || source.dim < 1 || source.dim > 1 << 16 || source.nlist < 1 ||
+    if (source.rows < 0 || source.rows > INT32_MAX || source.dim < 1 || source.dim > 1 << 16 || source.nlist < 1 ||
         source.nlist > 1 << 24)
       fail("codes: got " + std::to_string(source.rows) + " rows of " + std::to_string(source.dim) + " in " +
-           std::to_string(source.nlist) + " lists, wants 1 to 2^31 of 1 to 65536 in 1 to 2^24");
+           std::to_string(source.nlist) + " lists, wants up to 2^31 of 1 to 65536 in 1 to 2^24");
     source.sizes = static_cast<const int64_t*>(sizes.ptr);
     int64_t blocks = 0;
     for (int64_t l = 0; l < source.nlist; ++l) {
@@ -74,10 +75,15 @@ class Holder {
     hold(source.centroids, "centroids", {source.nlist, source.dim});
     hold(source.centroid_scales, "centroid_scales", {source.nlist});
     hold(source.level, "level", {1});
-    hold(source.bits, "bits", {blocks, columns, block_rows});
-    hold(source.factors, "factors", {source.rows});
+    hold(source.blocks, "blocks", {blocks, columns + static_cast<int64_t>(sizeof(float)), block_rows});
     hold(source.scales, "scales", {source.rows});
     hold(source.ids, "ids", {source.rows});
+    const py::buffer_info tail = contiguous<int8_t>("tail_codes", part("tail_codes"), {-1, source.dim}, false);
+    source.tail_room = tail.shape[0], source.tail_first = tail_first;
+    if (tail_first < 0 || tail_first > INT32_MAX - source.tail_room || source.rows > INT32_MAX - source.tail_room)
+      fail("tail_first: got " + std::to_string(tail_first) + ", wants ids below 2^31");
+    hold(source.tail_codes, "tail_codes", {source.tail_room, source.dim});
+    hold(source.tail_scales, "tail_scales", {source.tail_room});
     if (std::any_of(source.ids, source.ids + source.rows, [](int32_t id) { return id < 0; }))
       fail("ids: wants 0 or more");
     searcher_ = std::make_unique<Searcher>(source);
@@ -94,7 +100,7 @@ class Holder {
 // Where results go, and how they are found.
 struct Results {
   Results(const Searcher& searcher, int64_t n, py::handle scores, py::handle ids, int64_t nprobe, int64_t candidates,
-          py::handle excluded, int threads) {
+          py::handle excluded, int threads, int64_t tail) {
     const py::buffer_info found = contiguous<float>("scores", scores, {n, -1}, true);
     options.k = found.shape[1], to_scores = static_cast<float*>(found.ptr);
     if (options.k < 1) fail("scores: wants one column or more");
@@ -109,6 +115,9 @@ struct Results {
     }
     if (threads < 0 || threads > 1024) fail("threads: got " + std::to_string(threads) + ", wants 0 to 1024");
     options.threads = threads;
+    if (tail < 0 || tail > searcher.tail_room())
+      fail("tail: got " + std::to_string(tail) + ", wants 0 to " + std::to_string(searcher.tail_room()));
+    options.tail = tail;
   }
   SearchOptions options{};
   float* to_scores;
@@ -116,25 +125,37 @@ struct Results {
 };
 
 void search(const Holder& searcher, py::handle queries, py::handle scores, py::handle ids, int64_t nprobe,
-            int64_t candidates, py::handle excluded, int threads) {
+            int64_t candidates, py::handle excluded, int threads, int64_t tail) {
   const py::buffer_info given = contiguous<float>("queries", queries, {-1, searcher->dim()}, false);
-  const Results to(*searcher, given.shape[0], scores, ids, nprobe, candidates, excluded, threads);
+  const Results to(*searcher, given.shape[0], scores, ids, nprobe, candidates, excluded, threads, tail);
   call_without_gil([&] {
     searcher->search(static_cast<const float*>(given.ptr), given.shape[0], to.options, to.to_scores, to.to_ids);
   });
 }
 
 void predict(const Holder& searcher, const Model& model, py::handle context, py::handle predicted, py::handle scores,
-             py::handle ids, int64_t nprobe, int64_t candidates, py::handle excluded, int threads) {
+             py::handle ids, int64_t nprobe, int64_t candidates, py::handle excluded, int threads, int64_t tail,
+             const Model* into_space, float own_score, float own_tie) {
   if (model.out_dim() != searcher->dim())
     fail("model: makes vectors of " + std::to_string(model.out_dim()) + ", and the index has " +
          std::to_string(searcher->dim()));
   const py::buffer_info given = contiguous<float>("context", context, {-1, model.positions(), model.dim()}, false);
   const int64_t n = given.shape[0];
   auto* const middle = static_cast<float*>(contiguous<float>("predicted", predicted, {n, searcher->dim()}, true).ptr);
-  const Results to(*searcher, n, scores, ids, nprobe, candidates, excluded, threads);
+  Results to(*searcher, n, scores, ids, nprobe, candidates, excluded, threads, tail);
+  if (into_space &&
+      (into_space->positions() != 1 || into_space->dim() != model.dim() || into_space->out_dim() != searcher->dim()))
+    fail("into_space: wants a model of one vector like those of the context, into one like those of the index");
   call_without_gil([&] {
-    model.run(static_cast<const float*>(given.ptr), n, middle, threads, nullptr);
+    const auto* const raw = static_cast<const float*>(given.ptr);
+    std::vector<float> own;
+    if (into_space) {
+      own.resize(static_cast<size_t>(n * model.positions() * searcher->dim()));
+      into_space->run(raw, n * model.positions(), own.data(), threads, nullptr);
+      to.options.own = own.data(), to.options.own_count = model.positions();
+      to.options.own_score = own_score, to.options.own_tie = own_tie;
+    }
+    model.run(raw, n, middle, threads, nullptr);
     searcher->search(middle, n, to.options, to.to_scores, to.to_ids);
   });
 }
@@ -156,12 +177,13 @@ void rotate(py::handle signs, py::handle rows) {
 
 void bind_searcher(py::module_& m) {
   py::class_<Holder>(m, "Searcher", "Inverted lists of RaBitQ and int8 codes: queries [n, dim] → scores, ids [n, k].")
-      .def(py::init<py::dict>(), py::arg("parts"))
+      .def(py::init<py::dict, int64_t>(), py::arg("parts"), py::arg("tail_first"))
       .def("search", &search, py::arg("queries"), py::arg("scores"), py::arg("ids"), py::arg("nprobe"),
-           py::arg("candidates"), py::arg("excluded") = py::none(), py::arg("threads") = 0)
+           py::arg("candidates"), py::arg("excluded") = py::none(), py::arg("threads") = 0, py::arg("tail") = 0)
       .def("predict", &predict, py::arg("model"), py::arg("context"), py::arg("predicted"), py::arg("scores"),
            py::arg("ids"), py::arg("nprobe"), py::arg("candidates"), py::arg("excluded") = py::none(),
-           py::arg("threads") = 0);
+           py::arg("threads") = 0, py::arg("tail") = 0, py::arg("into_space") = py::none(), py::arg("own_score") = 0.0f,
+           py::arg("own_tie") = 0.0f);
   m.def("rotate", &rotate, py::arg("signs"), py::arg("rows"), "Rotate rows [n, dim] in place; signs [rounds, dim].");
   m.attr("ROTATION_ROUNDS") = rotation_rounds;
   m.attr("BLOCK_ROWS") = block_rows;

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "common/memory.h"
+#include "common/workspace.h"
 #include "predictor/network.h"
-#include "predictor/workspace.h"
 
 namespace fastlvm {
 

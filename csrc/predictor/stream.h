@@ -3,9 +3,9 @@
 
 #include "common/phases.h"
 #include "common/vmath.h"
+#include "common/workspace.h"
 #include "predictor/network.h"
 #include "predictor/product.h"
-#include "predictor/workspace.h"
 
 namespace fastlvm::FASTLVM_ISA::predict {
 

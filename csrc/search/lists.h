@@ -6,11 +6,29 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace fastlvm {
 
-inline constexpr int64_t block_rows = 32;  // whose codes lie together
+inline constexpr int64_t block_rows = 32;  // whose codes lie together, [columns, block_rows], and then their factors
+inline constexpr int64_t bytes_of_pair = 2 * block_rows;
+
+// Of the codes alone, and of a block. Functions of this file are static, so that no linker merges those of two
+// instruction sets.
+static constexpr int64_t code_bytes(int64_t pairs) { return pairs * bytes_of_pair; }
+static constexpr int64_t bytes_of_block(int64_t pairs) {
+  return code_bytes(pairs) + block_rows * static_cast<int64_t>(sizeof(float));
+}
 inline constexpr int64_t rotation_rounds = 4;
+
+// A score as a whole number in the same order, and then a place, the smallest first: a greater key comes first. No two
+// rows have the same, so that the best of them do not depend on who found them.
+[[maybe_unused]] static uint64_t key_of(float score, uint32_t place) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(bits) << 32 | (~place & 0xffffffffu);
+}
 
 // Signs, then a Hadamard transform of the first (even rounds) or last (odd rounds) 2^k coordinates, k as large as fits.
 struct Rotation {
@@ -29,25 +47,22 @@ struct Table {
 // Some rows of a list, from its beginning or from one of its blocks on.
 struct Scan {
   int64_t rows, pairs;
-  const uint8_t* bits;   // [blocks, columns, block_rows]
-  const float* factors;  // [rows]
-  const uint8_t* next;   // bits and factors of what is scanned afterwards, to be fetched meanwhile
-  const float* next_factors;
+  const uint8_t* blocks;
+  const uint8_t* next;  // blocks that are scanned afterwards, to be fetched meanwhile
   Table table;
   float centroid;   // <q, c>
   float threshold;  // estimates below it are left out
   int32_t first;    // position of the first row
-  float* scores;
-  int32_t* positions;  // both with room for `rows` rounded up to a block
+  uint64_t* keys;   // of estimates and positions, with room for `rows` rounded up to a block
 };
 
-// Exact for the int8 codes: scale Σ qᵢ codeᵢ, of `count` rows.
+// Exact for the int8 codes: scale Σ qᵢ codeᵢ, of `count` rows; `following` ones are fetched meanwhile.
 struct Score {
-  int64_t dim, count;
+  int64_t dim, count, following;
   const float* query;
   const int8_t* codes;       // [.., dim]
   const float* scales;       // [..]
-  const int32_t* positions;  // [count]
+  const int32_t* positions;  // [count + following]
   float* scores;
 };
 

@@ -6,14 +6,42 @@
 
 namespace fastlvm::FASTLVM_ISA::search {
 
+// The sums and differences of numbers that are `half` apart.
+template <class V>
+void butterflies(float* x, int64_t size, int64_t half) {
+  for (int64_t begin = 0; begin < size; begin += 2 * half)
+    for (int64_t i = begin; i < begin + half; i += V::width) {
+      const V a = V::load(x + i), b = V::load(x + i + half);
+      (a + b).store(x + i), (a - b).store(x + i + half);
+    }
+}
+
+#if defined(FASTLVM_VECTOR_AVX512)
+// Of all halves within a vector.
+inline void butterflies_within(float* x) {
+  __m512 v = _mm512_loadu_ps(x);
+  const auto step = [&](__m512 swapped, __mmask16 second) {
+    v = _mm512_add_ps(swapped, _mm512_mask_xor_ps(v, second, v, _mm512_set1_ps(-0.0f)));
+  };
+  step(_mm512_permute_ps(v, 0xb1), 0xaaaa);
+  step(_mm512_permute_ps(v, 0x4e), 0xcccc);
+  step(_mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
+  step(_mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+  _mm512_storeu_ps(x, v);
+}
+#endif
+
 // In place, x [2^k]: divided by √2^k, so that lengths stay.
 inline void hadamard(float* x, int64_t size) {
-  for (int64_t half = 1; half < size; half *= 2)
-    for (int64_t begin = 0; begin < size; begin += 2 * half)
-      for (int64_t i = begin; i < begin + half; ++i) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a + b, x[i + half] = a - b;
-      }
+  int64_t half = 1;
+#if defined(FASTLVM_VECTOR_AVX512)
+  if (size >= Vec::width) {
+    for (int64_t i = 0; i < size; i += Vec::width) butterflies_within(x + i);
+    half = Vec::width;
+  }
+#endif
+  for (; half < size && half < Vec::width; half *= 2) butterflies<Scalar<float>>(x, size, half);
+  for (; half < size; half *= 2) butterflies<Vec>(x, size, half);
   const float scale = 1.0f / sqrtf(static_cast<float>(size));
   for (int64_t i = 0; i < size; ++i) x[i] *= scale;
 }
@@ -29,6 +57,24 @@ inline void rotate(const Rotation& r, float* x) {
 }
 
 constexpr int64_t entries_of_pair = 128, most_entry = 63;
+
+// What each of 16 codes selects of four numbers, above the least of them: bytes, twice.
+inline void entries_of(const float* four, float least, uint8_t* to) {
+#if defined(FASTLVM_VECTOR_AVX512)
+  const auto selected = [&](int j, __mmask16 codes) { return _mm512_maskz_mov_ps(codes, _mm512_set1_ps(four[j])); };
+  __m512 sums = _mm512_add_ps(selected(0, 0xaaaa), selected(1, 0xcccc));
+  sums = _mm512_add_ps(_mm512_add_ps(sums, selected(2, 0xf0f0)), selected(3, 0xff00));
+  sums = _mm512_add_ps(_mm512_sub_ps(sums, _mm512_set1_ps(least)), _mm512_set1_ps(0.5f));
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(sums));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_broadcastsi128_si256(bytes));
+#else
+  for (int code = 0; code < 16; ++code) {
+    float sum = (code & 1 ? four[0] : 0.0f) + (code & 2 ? four[1] : 0.0f);
+    sum = sum + (code & 4 ? four[2] : 0.0f) + (code & 8 ? four[3] : 0.0f);
+    to[code] = to[code + 16] = static_cast<uint8_t>(sum - least + 0.5f);
+  }
+#endif
+}
 
 // An entry is what four coordinates add above their least, in steps that make the largest 63: four of them fit a byte,
 // and all of them 16 bits.
@@ -46,14 +92,10 @@ inline void fill(const float* query, int64_t dim, int64_t pairs, Table& table) {
   const float inverse = empty ? 0.0f : steps / most;
   table.base = -sum, table.step = empty ? 0.0f : 2 * most / steps;
   for (int64_t g = 0; g < groups; ++g) {
-    float four[4], least = 0, entries[16];
+    float four[4], least = 0;
     for (int j = 0; j < 4; ++j) four[j] = at(4 * g + j) * inverse, least += four[j] < 0 ? four[j] : 0.0f;
-    for (int code = 0; code < 16; ++code)
-      entries[code] = (code & 1 ? four[0] : 0.0f) + (code & 2 ? four[1] : 0.0f) + (code & 4 ? four[2] : 0.0f) +
-                      (code & 8 ? four[3] : 0.0f) - least + 0.5f;
     // Groups of a pair: low and high half of its first column, then of its second.
-    uint8_t* const to = table.entries + g / 4 * entries_of_pair + g % 2 * 64 + g / 2 % 2 * 32;
-    for (int code = 0; code < 16; ++code) to[code] = to[code + 16] = static_cast<uint8_t>(entries[code]);
+    entries_of(four, least, table.entries + g / 4 * entries_of_pair + g % 2 * 64 + g / 2 % 2 * 32);
   }
 }
 
@@ -147,7 +189,7 @@ inline void block_sums(const uint8_t* bits, const uint8_t* ahead, const uint8_t*
 #endif
 
 // Estimates of `rows` <= 32 rows of a block that reach the threshold.
-inline int64_t keep(const Scan& s, const uint16_t* sums, int64_t row, int64_t rows, int64_t kept) {
+inline int64_t keep(const Scan& s, const uint16_t* sums, const float* factor, int64_t row, int64_t rows, int64_t kept) {
 #if defined(FASTLVM_VECTOR_AVX512)
   const __m512 base = _mm512_set1_ps(s.table.base), step = _mm512_set1_ps(s.table.step);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -155,21 +197,29 @@ inline int64_t keep(const Scan& s, const uint16_t* sums, int64_t row, int64_t ro
     const __mmask16 inside = Vec::mask(static_cast<int>(rows - i));
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i)));
     const __m512 signs = _mm512_fmadd_ps(_mm512_cvtepi32_ps(wide), step, base);
-    const __m512 factors = _mm512_maskz_loadu_ps(inside, s.factors + row + i);
+    const __m512 factors = _mm512_loadu_ps(factor + i);
     const __m512 scores = _mm512_fmadd_ps(signs, factors, _mm512_set1_ps(s.centroid));
     const __mmask16 good = _mm512_mask_cmp_ps_mask(inside, scores, _mm512_set1_ps(s.threshold), _CMP_GE_OQ);
     if (!good) continue;
-    const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(s.first + static_cast<int32_t>(row + i)));
-    _mm512_storeu_ps(s.scores + kept, _mm512_maskz_compress_ps(good, scores));
-    _mm512_storeu_si512(s.positions + kept, _mm512_maskz_compress_epi32(good, positions));
-    kept += _mm_popcnt_u32(good);
+    const __m512i bits = _mm512_castps_si512(scores), flip = _mm512_srai_epi32(bits, 31);
+    const __m512i ordered = _mm512_xor_si512(bits, _mm512_or_si512(flip, _mm512_set1_epi32(INT32_MIN)));
+    const __m512i places = _mm512_sub_epi32(_mm512_set1_epi32(~(s.first + static_cast<int32_t>(row + i))), lanes);
+    const auto store = [&](__m256i high, __m256i low, __mmask8 of) {
+      const __m512i keys =
+          _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), _mm512_cvtepu32_epi64(low));
+      _mm512_storeu_si512(s.keys + kept, _mm512_maskz_compress_epi64(of, keys));
+      kept += _mm_popcnt_u32(of);
+    };
+    store(_mm512_castsi512_si256(ordered), _mm512_castsi512_si256(places), static_cast<__mmask8>(good));
+    store(_mm512_extracti64x4_epi64(ordered, 1), _mm512_extracti64x4_epi64(places, 1),
+          static_cast<__mmask8>(good >> 8));
   }
 #else
   float signs[block_rows], scores[block_rows];
   for (int64_t i = 0; i < block_rows; ++i) signs[i] = static_cast<float>(sums[i]) * s.table.step + s.table.base;
-  for (int64_t i = 0; i < rows; ++i) scores[i] = signs[i] * s.factors[row + i] + s.centroid;
+  for (int64_t i = 0; i < rows; ++i) scores[i] = signs[i] * factor[i] + s.centroid;
   for (int64_t i = 0; i < rows; ++i) {
-    s.scores[kept] = scores[i], s.positions[kept] = s.first + static_cast<int32_t>(row + i);
+    s.keys[kept] = key_of(scores[i], static_cast<uint32_t>(s.first + row + i));
     kept += scores[i] >= s.threshold;
   }
 #endif
@@ -178,16 +228,18 @@ inline int64_t keep(const Scan& s, const uint16_t* sums, int64_t row, int64_t ro
 
 // Lists are short and lie anywhere: the processor's own prefetcher has hardly found one when it ends.
 inline int64_t scan(const Scan& s) {
-  constexpr int64_t ahead = 2;
-  const int64_t block_bytes = s.pairs * 2 * block_rows, blocks = div_up(s.rows, block_rows);
+  constexpr int64_t ahead = 3;
+  const int64_t bytes = bytes_of_block(s.pairs), codes = code_bytes(s.pairs), blocks = div_up(s.rows, block_rows);
   int64_t kept = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t later = block + ahead, row = block * block_rows;
-    const uint8_t* const bits = later < blocks ? s.bits + later * block_bytes : s.next + (later - blocks) * block_bytes;
-    if (later >= blocks) prefetch(s.next_factors + (later - blocks) * block_rows);
+    const uint8_t* const here = s.blocks + block * bytes;
+    const uint8_t* const then = later < blocks ? s.blocks + later * bytes : s.next + (later - blocks) * bytes;
+    prefetch(then + codes), prefetch(then + codes + 64);
     alignas(64) uint16_t sums[block_rows];
-    block_sums(s.bits + block * block_bytes, bits, s.table.entries, s.pairs, sums);
-    kept = keep(s, sums, row, smaller(block_rows, s.rows - row), kept);
+    block_sums(here, then, s.table.entries, s.pairs, sums);
+    const auto* const factors = reinterpret_cast<const float*>(here + codes);
+    kept = keep(s, sums, factors, row, smaller(block_rows, s.rows - row), kept);
   }
   return kept;
 }
@@ -226,8 +278,9 @@ inline float dot(const int8_t* code, const float* query, int64_t dim) {
 inline void score(const Score& s) {
   constexpr int64_t ahead = 4, line = 64;
   const auto fetch = [&](int64_t i) {
-    if (i >= s.count) return;
+    if (i >= s.count + s.following) return;
     const int8_t* const code = s.codes + s.positions[i] * s.dim;
+    prefetch(s.scales + s.positions[i]);
     for (int64_t at = 0; at < s.dim; at += line) prefetch(code + at);
   };
   for (int64_t i = 0; i < ahead; ++i) fetch(i);

@@ -22,7 +22,6 @@ from fastlvm.console import (
     parse_split,
     print_example,
     print_found,
-    print_index,
     print_latency,
     read_array,
     show,
@@ -30,6 +29,7 @@ from fastlvm.console import (
 )
 from fastlvm.errors import InputError
 from fastlvm.files import check_folder, check_new_folder
+from fastlvm.index_cli import index_app
 
 NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
 
@@ -42,7 +42,6 @@ app = typer.Typer(
 )
 payload_app = typer.Typer(help="Tables of chunk vectors with keys, texts and provenance.", no_args_is_help=True)
 windows_app = typer.Typer(help="Windows of consecutive chunks, split by article.", no_args_is_help=True)
-index_app = typer.Typer(help="Search indexes over a payload.", no_args_is_help=True)
 app.add_typer(payload_app, name="payload")
 app.add_typer(windows_app, name="windows")
 app.add_typer(index_app, name="index")
@@ -186,30 +185,6 @@ def windows_verify(
     typer.echo(str(Windows.open(windows).verify(Payload.open(payload))))
 
 
-@command(index_app, "build", "fastlvm index build payload --kind auto --recall 0.95 --space run --out index")
-def index_build(
-    payload: Annotated[Path, typer.Argument(help="payload folder")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
-    kind: Annotated[str, typer.Option(help="auto, flat, ivf_flat, ivf_sq8, hnsw or ivf_rabitq")] = "auto",
-    space: Annotated[Path | None, typer.Option(help="run folder or space file the vectors are moved by")] = None,
-    recall: Annotated[float, typer.Option(help="recall@50 against exact search to reach")] = 0.95,
-    nlist: Annotated[int | None, typer.Option(help="inverted lists, measured when absent")] = None,
-    nprobe: Annotated[int | None, typer.Option(help="lists probed, measured when absent")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the training sample and of the queries")] = 0,
-) -> None:
-    """Build an index over every chunk of a payload, as quick as the wanted recall allows."""
-    from fastlvm import Index, Payload, Space
-
-    check_new_folder(out)
-    moved = Space.load(space / "space.safetensors" if space.is_dir() else space) if space else None
-    index = Index.build(
-        Payload.open(payload), kind=kind, space=moved, nlist=nlist, nprobe=nprobe, recall=recall, seed=seed
-    )
-    index.save(out)
-    print_index(index)
-    typer.echo(f"{index.kind} index of {len(index)} rows ({index.options or 'exact'}) written to {out}")
-
-
 @command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")
 def train(
     payload: Annotated[Path, typer.Option(help="payload folder")],
@@ -325,7 +300,9 @@ def bench_latency(
         raise InputError(f"-k is {k}, and a gate is of {latency_gate.K} chunks: leave out -k or --gate")
     predictor = Predictor.load(artifact, threads=threads)
     contexts = predictor.golden_context if context is None else read_array(context, "--context")
-    latency = measure_predictor(predictor, contexts, min(k, len(predictor.index)), repeats=repeats, threads=threads)
+    latency = measure_predictor(
+        predictor, contexts, min(k, max(1, len(predictor.index))), repeats=repeats, threads=threads
+    )
     parts = predictor.profile(contexts, repeats=min(repeats, 500)) if profile else None
     verdicts = latency_gate.judge(gates, latency, predictor.index.recall_at_50)
     print_latency(latency, parts, predictor.nbytes, verdicts, as_json=as_json)
@@ -346,7 +323,7 @@ def predict(
 
     vectors = read_array(context, "--context")
     predictor = Predictor.load(artifact, threads=threads)
-    found = predictor.search(vectors, min(k, len(predictor.index)), exclude=None if keep_context else "context")
+    found = predictor.search(vectors, min(k, max(1, len(predictor.index))), exclude=None if keep_context else "context")
     print_found(found, single=vectors.ndim == 2, as_json=as_json)
 
 

@@ -62,7 +62,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     with contextlib.suppress(OSError):  # Windows has no handle on a folder
         _sync(path)
 
@@ -82,7 +82,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         _remove(temporary)
 
@@ -159,15 +159,15 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
                 if path.is_file():
                     _sync(path)
                 else:
-                    _sync_folder(path)
-            _sync_folder(temporary)
+                    sync_folder(path)
+            sync_folder(temporary)
             try:
                 temporary.replace(target)
             except OSError as error:
                 if not target.exists():
                     raise
                 raise InputError(f"{target} was made by something else meanwhile: name another folder") from error
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         if temporary.exists():
             _remove(temporary)

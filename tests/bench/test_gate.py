@@ -43,7 +43,7 @@ STAGE = Stage(p50=0.8, p95=1.0, p99=1.2, mean=0.9)
 
 @pytest.fixture(autouse=True, scope="module")
 def restore():
-    import faiss
+    from fastlvm.retrieval.blas import faiss
 
     isa, threads, torch_threads, omp = (
         _C.isa(),

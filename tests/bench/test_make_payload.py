@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
 import fastlvm
 from fastlvm.errors import InputError
+from fastlvm.retrieval.blas import faiss
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 

@@ -225,7 +225,11 @@ def slowly(target, name):
         time.sleep(60)
     setattr(target, name, run)
 
-stages = {"index": (fastlvm.Index, "save"), "config": (artifact, "write_json"), "check": (fastlvm.Predictor, "load")}
+stages = {
+    "index": (fastlvm.Index, "save_copy"),
+    "config": (artifact, "write_json"),
+    "check": (fastlvm.Predictor, "load"),
+}
 slowly(*stages[stage])
 artifact.write(folder, plan, weights, good.golden, good.index, good.config, lambda path: fastlvm.Predictor.load(path))
 """

@@ -3,12 +3,12 @@ from __future__ import annotations
 import functools
 import struct
 
-import faiss
 import numpy as np
 import pytest
 
 from fastlvm.errors import IntegrityError
 from fastlvm.retrieval import faiss_file
+from fastlvm.retrieval.blas import faiss
 from fastlvm.retrieval.searcher import Shape
 
 DIM, COUNT, LISTS, PROBES = 6, 50, 8, 3

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -57,8 +57,11 @@ def read_header(
     return shape, found["fortran"] == b"True", dtype
 
 
-def map_array(path: Path, dtype: str, shape: tuple[int, ...], remedy: str) -> np.memmap:
-    """Map a .npy file that has to have this dtype and shape, and no byte more or less. Raises IntegrityError."""
+def map_array(path: Path, dtype: str, shape: tuple[int, ...], remedy: str, mode: Literal["r", "c"] = "r") -> np.memmap:
+    """Map a .npy file that has to have this dtype and shape, and no byte more or less. Raises IntegrityError.
+
+    mode: "c" for an array whose changes stay in memory.
+    """
     if not path.is_file():
         raise IntegrityError(f"{path} is missing: {remedy}")
     wanted = np.dtype(dtype).newbyteorder("<")
@@ -79,7 +82,7 @@ def map_array(path: Path, dtype: str, shape: tuple[int, ...], remedy: str) -> np
             raise _truncated(path, size, start + nbytes, remedy)
         if size > start + nbytes:
             raise IntegrityError(f"{path} has bytes after its end: {remedy}")
-        return np.memmap(path, kind, "r", start, shape)
+        return np.memmap(path, kind, mode, start, shape)
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 

@@ -91,7 +91,7 @@ def write(
     with atomic_folder(folder) as path:
         _write_weights(path / MODEL, weights)
         np.savez(path / GOLDEN, context=golden.context, prediction=golden.prediction)
-        index.save(path / INDEX)
+        index.save_copy(path / INDEX)  # what is given goes on where it was
         content = {
             "format": FORMAT,
             "version": VERSION,

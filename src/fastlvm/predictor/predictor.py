@@ -15,10 +15,10 @@ from fastlvm.predictor.forward import into_space
 from fastlvm.predictor.stream import Stream
 from fastlvm.retrieval import Index
 from fastlvm.retrieval.index import MOST_THREADS
+from fastlvm.retrieval.searcher import Own
 
 MATCH = 1 - 1e-4  # least inner product of a context vector with its own payload row: float16 rounding, whitened
 TIE = 1e-6  # rows this close to the best match cannot be told from it in float32
-CANDIDATES = 8
 UNIT = 1e-3  # a length this far from 1 is float16 rounding, and kept
 
 
@@ -42,7 +42,8 @@ class Predictor:
     def __init__(self, parts: artifact.Artifact) -> None:
         self._parts = parts
         self._forward = parts.forward
-        self._into_space = _C.Model(1, parts.index.dim, [*into_space(parts.index.space), ("last", {})])
+        moves = _C.Model(1, parts.index.dim, [*into_space(parts.index.space), ("last", {})])
+        self._own = Own(moves, MATCH, TIE)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> Predictor:
@@ -79,11 +80,12 @@ class Predictor:
         Raises InputError for a wrong context, k or exclude.
         """
         raw, single = self._checked(context)
+        own = None
         if isinstance(exclude, str):
             if exclude != "context":
                 raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
-            exclude = self._own_rows(raw)
-        result = self.index.predict(self._forward.model, raw, k, exclude, self._forward.threads)
+            exclude, own = None, self._own
+        result = self.index.predict(self._forward.model, raw, k, exclude, self._forward.threads, own)
         return Found(*(part[0] for part in result)) if single else Found(*result)
 
     def stream(self, state: str | os.PathLike[str] | None = None) -> Stream:
@@ -111,16 +113,6 @@ class Predictor:
             (name, {phase: float(time) for phase, time in zip(_C.PHASES, row, strict=True) if time > 0})
             for name, row in zip(self._forward.names, found, strict=True)
         ]
-
-    def _own_rows(self, raw: np.ndarray) -> np.ndarray:
-        """The payload rows that the context vectors [n, context, dim] are: [n, m], -1 = none."""
-        n = len(raw)
-        moved = np.empty((n * self.context, self.dim), np.float32)
-        self._into_space.run(raw.reshape(-1, 1, self.dim), moved)
-        ids, scores, _ = self.index.search(moved, CANDIDATES)
-        error = self.index.score_error
-        same = (scores >= MATCH - error) & (scores >= scores[:, :1] - TIE - 2 * error)
-        return np.where(same, ids, -1).reshape(n, self.context * CANDIDATES)
 
     def _checked(self, context: Any) -> tuple[np.ndarray, bool]:
         """float32 [n, context, dim] of unit vectors, and whether a single context was given."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastlvm.errors import IntegrityError, shown
+from fastlvm.retrieval import blas
 from fastlvm.retrieval.searcher import Shape
 
 REMEDY = "it is damaged or the folder holds files of different indexes, build the index again"
@@ -38,10 +39,8 @@ _LEVELS = 6  # above which FAISS puts no vector, for 32 links
 def read(file: Path, kind: str, shape: Shape) -> Any:
     """The FAISS index of a file that passes `check`."""
     check(file, kind, shape)
-    import faiss
-
     try:
-        return faiss.read_index(str(file))
+        return blas.faiss.read_index(str(file))
     except RuntimeError as error:
         raise IntegrityError(f"{file} cannot be read by FAISS ({shown(str(error))}): {REMEDY}") from error
 

@@ -1,12 +1,15 @@
-"""Inner-product search over a payload in a space, by a searcher of one of several kinds.
+"""Inner-product search over a payload in a space, by a searcher of one of several kinds, and rows added to it later.
 
 On disk an index is a folder: the searcher's files, `keys.npy`, `groups.npy`, `space.safetensors` where a space was
-given, and `index.json` with what it was built from and the SHA-256 of every other file.
+given, `removed.npy` where rows were removed, `index.json` with what it was built from and the SHA-256 of every other
+file, and `journal.bin` with the changes since they were written, if there are any.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,25 +17,27 @@ import numpy as np
 
 from fastlvm import _C
 from fastlvm.data import Payload, Space
-from fastlvm.data.npz import map_array
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_folder, check_files
+from fastlvm.files import check_files
+from fastlvm.retrieval import blas, checks, record
 from fastlvm.retrieval import build as building
-from fastlvm.retrieval import record
+from fastlvm.retrieval import folder as folders
 from fastlvm.retrieval.faiss_file import REMEDY
+from fastlvm.retrieval.folder import Verified
+from fastlvm.retrieval.growth import Growth
 from fastlvm.retrieval.kinds import KINDS
 from fastlvm.retrieval.measure import Point
 from fastlvm.retrieval.record import Meta
-from fastlvm.retrieval.searcher import SETTINGS, Searcher
+from fastlvm.retrieval.rows import Rows
+from fastlvm.retrieval.searcher import SETTINGS, Own, Searcher
 from fastlvm.retrieval.vectors import Vectors, representatives
 
 MOST_THREADS = 1024
 
-_SPACE = record.SPACE
-
 
 class SearchResult(NamedTuple):
-    """Best first: ids int64 [n, k] are payload rows, scores float32 [n, k], keys int32 [n, k, 2].
+    """Best first: ids int64 [n, k] are payload rows and, from the payload's size on, rows added later;
+    scores float32 [n, k], keys int32 [n, k, 2].
 
     Where fewer than k rows remain: id -1, score -inf, key (-1, -1).
     """
@@ -43,21 +48,23 @@ class SearchResult(NamedTuple):
 
 
 class Index:
-    """Use `Index.build` or `Index.open`. `len(index)` is the number of payload rows it covers.
+    """Use `Index.build` or `Index.open`. `len(index)` is the number of rows that are there.
 
-    Only the smallest row of each duplicate group is in the searcher: a result lists a group once, and excluding any of
-    its rows excludes all of them.
+    A row's id is its place: payload rows first, then those that `add` added, in their order; none is used twice. Only
+    the smallest row of each duplicate group of the payload is in the searcher: a result lists a group once, by its
+    smallest row that is there, and excluding any of its rows excludes all of them. An added row is a group of its own.
+
+    An index belongs to the folder that it was opened from or last saved to, and each change is on disk there before
+    `add` or `remove` returns. Any number of threads may search while one adds or removes: a search finds what was there
+    at some time while it ran, of a large addition perhaps a part.
     """
 
-    def __init__(
-        self, searcher: Searcher, keys: np.ndarray, groups: np.ndarray, space: Space, meta: Meta, own_space: bool
-    ):
+    def __init__(self, searcher: Searcher, rows: Rows, space: Space, meta: Meta, own_space: bool):
         self._searcher = searcher
-        self._keys = keys
-        self._groups = groups
-        self._rows = representatives(groups)  # the searcher's id → payload row
+        self._rows = rows
         self._meta = meta
         self._own_space = own_space
+        self._growth = Growth(searcher, rows, space)
         self.space = space
 
     @classmethod
@@ -105,11 +112,13 @@ class Index:
             kind,
             nlist=nlist,
             nprobe=nprobe,
-            wanted=_checked_recall(recall),
-            queries=None if queries is None else _checked_given(queries, payload.dim),
+            wanted=checks.checked_recall(recall),
+            queries=None if queries is None else checks.checked_given(queries, payload.dim),
             seed=int(seed),
         )
-        setting = {name: built.searcher.setting if name == built.searcher.SETTING else None for name in SETTINGS}
+        setting: dict[str, Any] = {
+            name: built.searcher.setting if name == built.searcher.SETTING else None for name in SETTINGS
+        }
         meta = Meta(
             payload_id=payload.id,
             space_id=space.id,
@@ -122,83 +131,143 @@ class Index:
             seed=int(seed),
             curve=tuple(built.curve),
         )
-        return cls(built.searcher, np.array(payload.keys, dtype=np.int32), groups, space, meta, own_space)
+        rows = Rows(np.array(payload.keys, dtype=np.int32), groups)
+        return cls(built.searcher, rows, space, meta, own_space)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index as a new folder, whole or not at all."""
-        with atomic_folder(folder) as path:
-            self._searcher.save(path)
-            np.save(path / "keys.npy", self._keys, allow_pickle=False)
-            np.save(path / "groups.npy", self._groups, allow_pickle=False)
-            if self._own_space:
-                self.space.save(path / _SPACE)
-            record.write(path, self._meta)
+        """Write the index as a new folder, whole or not at all. It belongs to that folder from then on."""
+        with self._growth.still():
+            self._belongs(*self._write(folder))
+
+    def save_copy(self, folder: str | os.PathLike[str]) -> None:
+        """Write a copy as a new folder, whole or not at all. This index stays with the folder that it belongs to."""
+        with self._growth.still():
+            self._write(folder)
+
+    def _write(self, folder: str | os.PathLike[str]) -> tuple[Path, str]:
+        return folders.write(folder, self._searcher, self._rows, self._meta, self.space if self._own_space else None)
+
+    def _belongs(self, path: Path, checksum: str) -> None:
+        self._growth.belongs(folders.journal(path, checksum), lambda: record.read(path).checksum == checksum)
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str], payload: Payload | None = None, *, threads: int | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        payload: Payload | None = None,
+        *,
+        threads: int | None = None,
+        mapped: bool = False,
     ) -> Index:
         """Read an index after checking every file against index.json.
 
         payload: if given, it has to be the one the index was built from. threads, if given, sets FAISS's thread count
-        for the whole process. Raises InputError where there is no index, IntegrityError where it is damaged or not
-        the one of that payload.
+        for the whole process. mapped: leave codes on disk and read what searches want, for an index that is larger than
+        memory; kind ivf_rabitq alone. Raises InputError where there is no index, IntegrityError where it is damaged or
+        not the one of that payload.
         """
         path = Path(folder)
-        meta, files = record.read(path)
+        found = record.read(path)
+        meta = found.meta
+        if mapped and not KINDS[meta.kind].MAPS:
+            raise InputError(f"{path} is of kind {meta.kind}, and mapped is for kind ivf_rabitq: leave it out")
         if payload is not None and payload.id != meta.payload_id:
             raise IntegrityError(
                 f"{path} was built from payload {meta.payload_id}, and this one is {payload.id}: build an index from it"
             )
-        check_files(path, files, record.REMEDY)
+        check_files(path, found.files, record.REMEDY)
         set_threads(threads)
-        keys = np.array(map_array(path / "keys.npy", "int32", (meta.rows, 2), REMEDY))
-        groups = np.array(map_array(path / "groups.npy", "int64", (meta.rows,), REMEDY))
-        _check_groups(path / "groups.npy", groups)
-        searcher = KINDS[meta.kind].open(path, meta.shape(len(representatives(groups))))
-        own_space = _SPACE in files
-        space = Space.load(path / _SPACE) if own_space else Space.identity(meta.dim)
+        rows, removed = folders.read_rows(path, meta)
+        searcher = KINDS[meta.kind].open(path, replace(meta.shape(rows.count), gone=len(removed)), mapped)
+        if len(removed):
+            searcher.remove(removed)
+        own_space = record.SPACE in found.files
+        space = Space.load(path / record.SPACE) if own_space else Space.identity(meta.dim)
         if (space.dim, space.id) != (meta.dim, meta.space_id):
             raise IntegrityError(
-                f"{path / _SPACE if own_space else path} has space {space.id} of {space.dim} dimensions, "
+                f"{path / record.SPACE if own_space else path} has space {space.id} of {space.dim} dimensions, "
                 f"and {meta.space_id} of {meta.dim} is wanted: {REMEDY}"
             )
-        return cls(searcher, keys, groups, space, meta, own_space)
+        index = cls(searcher, rows, space, meta, own_space)
+        index._belongs(path.absolute(), found.checksum)
+        return index
+
+    @staticmethod
+    def verify(folder: str | os.PathLike[str]) -> Verified:
+        """Check every byte of an index's folder: index.json, the SHA-256 of every file, every record of the journal.
+
+        Raises InputError where there is no index, IntegrityError naming the file that is damaged.
+        """
+        return folders.verify(folder)
+
+    def add(self, vectors: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Add rows, which are found from now on; their ids, int64 [m].
+
+        vectors: float [m, dim], as the encoder makes them: one whose length is not 1 is divided by it, with a warning
+        once a process. keys: integers [m, 2], article and chunk, that no row of the index has; that of a removed row
+        may be used again. Raises InputError for anything else, where another process or object changes the index, and
+        where its journal cannot be written; nothing is added then.
+        """
+        return self._growth.add(vectors, keys)
+
+    def remove(self, keys: np.ndarray) -> int:
+        """Remove the rows of integer keys [m, 2]; how many they were. They are not found from now on.
+
+        Raises InputError for a key that no row has, or twice the same, and as `add`; nothing is removed then.
+        """
+        return self._growth.remove(keys)
+
+    def close(self) -> None:
+        """Let another process or object change the index's folder. This one goes on; its next change takes it again."""
+        self._growth.close()
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> SearchResult:
         """The k rows of highest inner product with each query.
 
         queries float [n, dim], or [dim] for n = 1, in the index's space; their length only scales the scores. exclude:
-        integer payload rows [n, m], or [m] for all queries, -1 = none; the whole duplicate group of each is left out.
+        integer ids of rows [n, m], or [m] for all queries, -1 = none; the whole duplicate group of each is left out.
         The result is what filtering an unlimited search of the same lists would leave, for kind ivf_rabitq among the
         candidates that it scores.
         """
-        queries = _checked_queries(queries, self.dim)
-        k = _checked_k(k)
+        queries = checks.checked_queries(queries, self.dim)
+        k = checks.checked_k(k)
         excluded = self._checked_exclude(exclude, len(queries))
-        scores, found = self._searcher.search(queries, min(k, len(self._rows)), excluded)
-        return self._pack(scores, found, k)
+        return self._pack(k, lambda most: self._searcher.search(queries, most, excluded))
 
     def predict(
-        self, model: _C.Model, context: np.ndarray, k: int, exclude: np.ndarray | None = None, threads: int = 0
+        self,
+        model: _C.Model,
+        context: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None = None,
+        threads: int = 0,
+        own: Own | None = None,
     ) -> SearchResult:
         """`search` for what a native model makes of contexts; in one call without the GIL where the kind can.
 
         context: float32 [n, positions, dim], as the model takes it. threads: of the model and of our own scan, 0 = as
-        many as all kernels use; FAISS has its own number.
+        many as all kernels use; FAISS has its own number. own: leave out a context's own rows, instead of `exclude`.
         """
-        k = _checked_k(k)
+        k = checks.checked_k(k)
         excluded = self._checked_exclude(exclude, len(context))
-        return self._pack(*self._searcher.predict(model, context, min(k, len(self._rows)), excluded, threads), k)
+        return self._pack(k, lambda most: self._searcher.predict(model, context, most, excluded, threads, own))
 
-    def _pack(self, scores: np.ndarray, found: np.ndarray, k: int) -> SearchResult:
-        """The searcher's result over payload rows, padded to k."""
+    def _pack(self, k: int, search: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> SearchResult:
+        """The searcher's result over rows, padded to k. search: for so many, at most those that the searcher has."""
+        count = self._rows.count
+        scores, found = search(min(k, count))
+        while count < k and count != self._rows.count:  # with more, more might have been found
+            count = self._rows.count
+            scores, found = search(min(k, count))
         n, width = found.shape
+        if width == k and found.min(initial=0) >= 0:  # nothing to pad
+            ids = self._rows.of[found]
+            return SearchResult(ids, scores, self._rows.keys[ids])
         ids = np.full((n, k), -1, np.int64)
         values = np.full((n, k), -np.inf, np.float32)
-        ids[:, :width] = np.where(found >= 0, self._rows[found], -1)
+        ids[:, :width] = np.where(found >= 0, self._rows.of[found], -1)
         values[:, :width] = np.where(found >= 0, scores, -np.inf)
-        keys = np.where((ids >= 0)[..., None], self._keys[ids], np.int32(-1))
+        keys = np.where((ids >= 0)[..., None], self._rows.keys[ids], np.int32(-1))
         return SearchResult(ids, values, keys)
 
     def _checked_exclude(self, exclude: Any, n: int) -> np.ndarray | None:
@@ -207,19 +276,20 @@ class Index:
             return None
         array = np.asarray(exclude)
         if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"exclude is {array.dtype}, and integer payload rows are wanted")
+            raise InputError(f"exclude is {array.dtype}, and integer ids of rows are wanted")
         if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) != n):
             raise InputError(f"exclude has shape {list(array.shape)}, and [{n}, m] or [m] is wanted")
         array = array.astype(np.int64)
-        if array.size and (array.min() < -1 or array.max() >= len(self)):
-            raise InputError(f"exclude spans {array.min()} to {array.max()}: wanted are rows -1 to {len(self) - 1}")
+        total = self.total
+        if array.size and (array.min() < -1 or array.max() >= total):
+            raise InputError(f"exclude spans {array.min()} to {array.max()}: wanted are rows -1 to {total - 1}")
         if array.shape[-1] == 0:
             return None
-        ids = np.where(array >= 0, np.searchsorted(self._rows, self._groups[array]), -1)
+        ids = np.where(array >= 0, self._rows.numbers(np.maximum(array, 0)), -1)
         return np.ascontiguousarray(np.broadcast_to(ids, (n, array.shape[-1])))
 
     def __len__(self) -> int:
-        return self._meta.rows
+        return len(self._rows)
 
     def __repr__(self) -> str:
         options = f", {self.options}" if self.options else ""
@@ -229,6 +299,11 @@ class Index:
     def id(self) -> str:
         """16 hex digits over payload, space, kind and options: what the index was built from and how."""
         return self._meta.id
+
+    @property
+    def total(self) -> int:
+        """Rows that there ever were, those that are gone among them: ids are 0 to total - 1."""
+        return self._rows.total
 
     @property
     def payload_id(self) -> str:
@@ -279,63 +354,10 @@ class Index:
         return self._meta.recall_at_50
 
 
-def _check_groups(file: Path, groups: np.ndarray) -> None:
-    """Raises IntegrityError unless every row's group is the smallest row of one."""
-    rows = np.arange(len(groups))
-    good = (groups >= 0) & (groups <= rows)
-    good &= groups[np.where(good, groups, 0)] == groups
-    if not good.all():
-        row = int(np.argmin(good))
-        raise IntegrityError(
-            f"{file} has row {row} in group {groups[row]}, and the smallest row of one is wanted: {record.REMEDY}"
-        )
-
-
 def set_threads(threads: int | None) -> None:
     """Set how many threads FAISS uses in this process; None leaves it alone."""
     if threads is None:
         return
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads is {threads!r}, and an integer from 1 to {MOST_THREADS} is wanted")
-    import faiss
-
-    faiss.omp_set_num_threads(int(threads))
-
-
-def _checked_queries(queries: Any, dim: int) -> np.ndarray:
-    """float32 [n, dim], C-contiguous and finite."""
-    array = np.asarray(queries)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(f"queries is {array.dtype}, and a float array is wanted")
-    if array.ndim not in (1, 2) or array.shape[-1] != dim:
-        raise InputError(f"queries has shape {list(array.shape)}, and [n, {dim}] or [{dim}] is wanted")
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array.reshape(-1, dim), dtype=np.float32)
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
-        raise InputError(f"queries row {row} holds a value that is not finite in float32: mend that query")
-    return array
-
-
-def _checked_k(k: Any) -> int:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
-    return int(k)
-
-
-def _checked_given(queries: Any, dim: int) -> np.ndarray:
-    """Queries to measure with."""
-    array = _checked_queries(queries, dim)
-    if not len(array):
-        raise InputError("queries is empty: leave it out, or give some to measure recall with")
-    if not array.any(axis=1).all():
-        row = int(np.argmin(array.any(axis=1)))
-        raise InputError(f"queries row {row} is all zeros, which is as near to every vector: leave that query out")
-    return array
-
-
-def _checked_recall(recall: Any) -> float:
-    number = isinstance(recall, (int, float, np.integer, np.floating)) and not isinstance(recall, bool)
-    if not number or not 0 < recall <= 1:
-        raise InputError(f"recall is {recall!r}, and a share above 0 and up to 1 is wanted")
-    return float(recall)
+    blas.faiss.omp_set_num_threads(int(threads))

@@ -24,11 +24,12 @@ from fastlvm.retrieval.measure import Point
 from fastlvm.retrieval.searcher import SETTINGS, Shape
 
 FORMAT = "fastlvm-index"
-VERSION = 2
-SPACE = "space.safetensors"
+VERSION = 3
+SPACE, REMOVED, JOURNAL = "space.safetensors", "removed.npy", "journal.bin"
 REMEDY = "build the index again"
 
 _FILES = {"keys.npy", "groups.npy"}
+_SOMETIMES = {SPACE, REMOVED}
 _POINT: Entries = {
     "rows": whole_number(1),
     "recall_at_50": ("a share", lambda value: _share(value)),
@@ -37,6 +38,7 @@ _POINT: Entries = {
 _ENTRIES: Entries = {
     **dict.fromkeys(("id", "payload_id", "space_id"), ID),
     **dict.fromkeys(("rows", "dim"), whole_number(1)),
+    **dict.fromkeys(("added", "removed"), whole_number(0)),
     "kind": (f"one of {', '.join(KINDS)}", lambda value: isinstance(value, str) and value in KINDS),
     "recall_at_50": ("a share or null", lambda value: value is None or _share(value)),
     "seed": whole_number(0),
@@ -49,7 +51,10 @@ _ENTRIES: Entries = {
 
 @dataclass(frozen=True)
 class Meta:
-    """What index.json says beside the hashes."""
+    """What index.json says beside the hashes.
+
+    rows: of the payload. added: rows that came to them later; removed: how many of all these are gone.
+    """
 
     payload_id: str
     space_id: str
@@ -62,28 +67,42 @@ class Meta:
     recall_at_50: float | None
     seed: int
     curve: tuple[Point, ...]
+    added: int = 0
+    removed: int = 0
 
-    def shape(self, count: int) -> Shape:
-        """What the files of a searcher of `count` vectors have to fit."""
+    def shape(self, count: int, gone: int = 0) -> Shape:
+        """What the files of a searcher have to fit that got `count` vectors, `gone` of which were removed."""
         setting = KINDS[self.kind].SETTING
-        return Shape(self.dim, count, self.nlist, None if setting is None else getattr(self, setting))
+        return Shape(self.dim, count, self.nlist, None if setting is None else getattr(self, setting), gone)
 
     @property
     def id(self) -> str:
-        """Of all but the curve, which holds times."""
-        return sha256_json({name: value for name, value in vars(self).items() if name != "curve"})[:16]
+        """Of what it was built from and how: not of the curve, which holds times, nor of what changed since."""
+        later = ("curve", "added", "removed")
+        return sha256_json({name: value for name, value in vars(self).items() if name not in later})[:16]
 
 
-def write(path: Path, meta: Meta) -> None:
-    """index.json of a folder that holds every other file."""
+@dataclass(frozen=True)
+class Recorded:
+    """What `read` found: the entries, the hashes of the other files by name, and the checksum of all this."""
+
+    meta: Meta
+    files: dict[str, str]
+    checksum: str
+
+
+def write(path: Path, meta: Meta) -> str:
+    """index.json of a folder that holds every other file; its checksum."""
     files = {file.name: sha256_file(file) for file in sorted(path.iterdir())}
     entries = vars(meta) | {"curve": [point._asdict() for point in meta.curve], "sha256": files}
     content = {"format": FORMAT, "version": VERSION, "id": meta.id, **entries}
-    write_json(path / "index.json", content | {"checksum": sha256_json(content)})
+    checksum = sha256_json(content)
+    write_json(path / "index.json", content | {"checksum": checksum})
+    return checksum
 
 
-def read(path: Path) -> tuple[Meta, dict[str, str]]:
-    """index.json, checked against its own checksum, and the hashes of the other files by name.
+def read(path: Path) -> Recorded:
+    """index.json, checked against its own checksum.
 
     Raises InputError where there is none, IntegrityError where it is damaged or says what no index can be.
     """
@@ -96,11 +115,14 @@ def read(path: Path) -> tuple[Meta, dict[str, str]]:
         raise IntegrityError(f"{error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise IntegrityError(f"{file} is not an index of fastlvm: build one with fastlvm index build")
-    if content.get("version") != VERSION:
+    if content.get("version") not in (2, VERSION):
         found = shown(content.get("version"))
         raise IntegrityError(f"{file} has version {found}, and {VERSION} is wanted: build it again")
-    if content.pop("checksum", None) != sha256_json(content):
+    checksum = sha256_json({name: value for name, value in content.items() if name != "checksum"})
+    if content.get("checksum") != checksum:
         raise IntegrityError(f"{file} is damaged, its checksum does not fit: {REMEDY}")
+    if content["version"] == 2:  # before there was growth
+        content |= {"added": 0, "removed": 0}
     wrong = wrong_entry(content, _ENTRIES) or wrong_entry(content, _of_kind(content["kind"]))
     if wrong:
         raise IntegrityError(f"{file} lacks what an index records ({wrong}): {REMEDY}")
@@ -110,7 +132,7 @@ def read(path: Path) -> tuple[Meta, dict[str, str]]:
     meta = Meta(**entries | {"curve": tuple(Point(**point) for point in content["curve"])})
     if meta.id != content["id"]:
         raise IntegrityError(f"{file} has id {content['id']}, and its entries make {meta.id}: {REMEDY}")
-    return meta, content["sha256"]
+    return Recorded(meta, content["sha256"], checksum)
 
 
 def _share(value: Any) -> bool:
@@ -138,7 +160,7 @@ def _of_kind(kind: str) -> Entries:
     return {
         **_options(kind),
         "sha256": (
-            f"the hashes of {', '.join(sorted(files))} and perhaps {SPACE}",
-            lambda value: holds_digests(value) and files <= set(value) <= {*files, SPACE},
+            f"the hashes of {', '.join(sorted(files))} and perhaps {', '.join(sorted(_SOMETIMES))}",
+            lambda value: holds_digests(value) and files <= set(value) <= files | _SOMETIMES,
         ),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,24 +20,48 @@ SETTINGS = ("nprobe", "ef_search")
 
 @dataclass(frozen=True)
 class Shape:
-    """What index.json says of a searcher: `count` vectors of `dim` floats, in `nlist` lists, and its setting."""
+    """What is known of a searcher: `count` vectors of `dim` floats, in `nlist` lists, and its setting.
+
+    gone: how many of them were removed, which it may have or not.
+    """
 
     dim: int
     count: int
     nlist: int | None
     setting: int | None
+    gone: int = 0
+
+
+OWN_ROWS = 8
+"""Rows that one vector of a context may be, at most."""
+
+
+class Own(NamedTuple):
+    """What tells the rows that a context's own vectors are from others.
+
+    into_space moves a vector of the context into the space; a row is one if it scores at least `score` with it, and no
+    less than its best but for `tie`, the searcher's error apart.
+    """
+
+    into_space: _C.Model
+    score: float
+    tie: float
 
 
 class Searcher(Protocol):
-    """Vectors 0 to count - 1, and a search for those of highest inner product. Only its setting ever changes.
+    """Vectors 0 to count - 1, and a search for those of highest inner product.
+
+    One thread at a time changes it, while others search: what they find is what it was at some time of the search.
 
     FILES: plain names of the files that `save` writes, always all of them. SETTING: the name of what trades recall for
     time, "nprobe" or "ef_search"; None for an exact kind. LISTS: whether it has inverted lists, whose number is nlist.
+    MAPS: whether its large files can stay on disk.
     """
 
     FILES: ClassVar[tuple[str, ...]]
     SETTING: ClassVar[str | None]
     LISTS: ClassVar[bool]
+    MAPS: ClassVar[bool] = False
 
     setting: int | None
 
@@ -47,12 +71,15 @@ class Searcher(Protocol):
         ...
 
     @classmethod
-    def open(cls, folder: Path, shape: Shape) -> Searcher:
-        """What `save` wrote. Raises IntegrityError where a file does not fit `shape`, before anything is allocated."""
+    def open(cls, folder: Path, shape: Shape, mapped: bool = False) -> Searcher:
+        """What `save` wrote. Raises IntegrityError where a file does not fit `shape`, before anything is allocated.
+
+        mapped: leave the large files on disk; for a kind that MAPS.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write FILES into a folder that exists. Raises OSError where they cannot be written."""
+        """Write FILES, what was removed as if it were there, into a folder. Raises OSError where that cannot be."""
         ...
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -63,13 +90,41 @@ class Searcher(Protocol):
         """
         ...
 
+    def add(self, vectors: np.ndarray) -> None:
+        """Add vectors float32 [m, dim], C-contiguous, finite and in the space: they are count to count + m - 1."""
+        raise NotImplementedError
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Never find ids int64 [m] again, of which none was removed before; their numbers stay taken."""
+        raise NotImplementedError
+
     def predict(
-        self, model: _C.Model, context: np.ndarray, k: int, exclude: np.ndarray | None, threads: int
+        self,
+        model: _C.Model,
+        context: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None,
+        threads: int,
+        own: Own | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` for what a model makes of contexts float32 [n, positions, dim]; threads: of what is our own."""
+        """`search` for what a model makes of contexts float32 [n, positions, dim]; threads: of what is our own.
+
+        own: leave out what a context's vectors are, instead of `exclude`.
+        """
+        if own is not None:
+            exclude = self._own_rows(own, context, threads)
         predicted = np.empty((len(context), model.out_dim), np.float32)
         model.run(context, predicted, threads)
         return self.search(predicted, k, exclude)
+
+    def _own_rows(self, own: Own, context: np.ndarray, threads: int) -> np.ndarray:
+        """ids int64 [n, m], -1 = none"""
+        n, positions, dim = context.shape
+        moved = np.empty((n * positions, own.into_space.out_dim), np.float32)
+        own.into_space.run(context.reshape(-1, 1, dim), moved, threads)
+        scores, ids = self.search(moved, OWN_ROWS)
+        same = (scores >= own.score - self.error) & (scores >= scores[:, :1] - own.tie - 2 * self.error)
+        return np.where(same, ids, -1).reshape(n, positions * OWN_ROWS)
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-#include "predictor/workspace.h"
+#include "common/workspace.h"
 
 #include <algorithm>
 #include <chrono>
