@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-results", type=Path, help="folder to keep the tables of a whole run in, as JSON and Markdown"
     )
     group.addoption("--gate-rows", type=int, default=make_payload.ROWS, help="rows of the payload of the latency gate")
+    group.addoption("--gate-kept", action="store_true", help="build no rival of the latency gate, time those there are")
     group.addoption("--gate-hnsw", action="store_true", help="build the latency gate's HNSW rival, which takes long")
 
 

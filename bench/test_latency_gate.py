@@ -43,7 +43,7 @@ EAGER, OPENVINO = "PyTorch fp32", "OpenVINO bf16"
 class Contest:
     """Ours and the rivals over the same payload; a rival that cannot be had is in the results' `reasons`."""
 
-    def __init__(self, made: Setup, hnsw: bool, folder: Path, results: Any) -> None:
+    def __init__(self, made: Setup, options: Any, folder: Path, results: Any) -> None:
         self.made, self.results, self._folder = made, results, folder
         index = made.predictor.index
         found = made.predictor.search(made.contexts[:RECALLED], K).ids
@@ -60,7 +60,7 @@ class Contest:
         self.add_index(OURS, made.own, made.recall(found))
         self.engines: dict[str, Any] = {}
         for name in RIVALS:
-            reason = self._load(name, hnsw)
+            reason = self._load(name, options)
             if reason:
                 results.reasons[name] = reason
 
@@ -73,11 +73,14 @@ class Contest:
             "build_s": about["build_s"],
         }
 
-    def _load(self, name: str, hnsw: bool) -> str:
+    def _load(self, name: str, options: Any) -> str:
         """Why the rival is not timed, or ""."""
         made = self.made
-        if name == HNSW and not hnsw and not gate_rivals.kept(name, made.rivals_folder):
-            return "it takes long to build: --gate-hnsw"
+        if not gate_rivals.kept(name, made.rivals_folder):
+            if options.gate_kept:
+                return "it was not built for this run (--gate-kept)"
+            if name == HNSW and not options.gate_hnsw:
+                return "it takes long to build: --gate-hnsw"
         try:
             engine, about = gate_rivals.load(name, made.rivals_folder, lambda: made.builder)
             made.builder.share(engine)
@@ -165,7 +168,7 @@ def _tried(one: Contender) -> Contender:
 def contest(request, threads, gate_results, tmp_path_factory):
     options = request.config.option
     made = Setup(options.gate_rows, threads[-1])
-    return Contest(made, options.gate_hnsw, tmp_path_factory.mktemp("gate"), gate_results)
+    return Contest(made, options, tmp_path_factory.mktemp("gate"), gate_results)
 
 
 @pytest.fixture(autouse=True)

@@ -119,11 +119,14 @@ class Searcher::Query {
     each(score_centroids, seat, [&](int64_t part) { near_.score(part, query_); });
     each(order_lists, seat,
          [&](int64_t) { probed_ = near_.order(options_.nprobe, lists_in_order, [](int32_t) { return false; }); });
-    each(score_tail, seat, [&](int64_t part) {
-      const int64_t first = part * Ranking::at_once;
-      best_.score_exact(seat, query_, lists_.tail_codes + first * lists_.dim, lists_.tail_scales + first, first,
-                        std::min(Ranking::at_once, options_.tail - first));
-    });
+    each(
+        score_tail, seat,
+        [&](int64_t part) {
+          const int64_t first = part * Ranking::at_once;
+          best_.score_exact(seat, query_, lists_.tail_codes + first * lists_.dim, lists_.tail_scales + first, first,
+                            std::min(Ranking::at_once, options_.tail - first));
+        },
+        settle(best_));
     each(
         scan, seat,
         [&](int64_t part) {
@@ -158,7 +161,7 @@ class Searcher::Query {
   void each(int phase, int seat, F f, Last last) {
     int64_t done = 0;
     for (int64_t part; (part = phases_->claim(phase, seat)) >= 0; ++done) f(part);
-    last();
+    if (done > 0) last();  // nobody waits for a seat that did nothing
     phases_->finish(phase, done);
   }
   template <class F>

@@ -177,7 +177,7 @@ def run(tmp_path_factory):
         for (where, name), value in changes.items():
             patch.setattr(where, name, value)
         made = gate_setup.Setup(1500, 2)
-        contest = bench.Contest(made, False, folder, record)
+        contest = bench.Contest(made, SimpleNamespace(gate_kept=False, gate_hnsw=False), folder, record)
         given = {"contest": contest, "threads": [1, 2], "plan": record.plan, "gate_results": record}
         for n in (2, 1):
             for stage in gate_cases.STAGES:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import array
-import functools
 import os
 import threading
 
-import faiss
 import numpy as np
 import pytest
+from rabitq_plain import EPS, FULL, SIZES, Given, Plain, around, built, crowds, normal, plainly, same, search
 
 from fastlvm import _C
 from fastlvm.data import Payload
 from fastlvm.retrieval import Index
-from fastlvm.retrieval.rabitq import IvfRabitq, quantised, rotated
-from fastlvm.retrieval.vectors import Vectors
+from fastlvm.retrieval.blas import faiss
+from fastlvm.retrieval.coding import factors_of, quantised, rotated
+from fastlvm.retrieval.rabitq import IvfRabitq
 
-EPS = float(np.finfo(np.float32).eps)
-SIZES = (0, 1, 1500, 33, 0, 31, 64, 5)  # rows around each centroid; a scan takes 1024 at once, in blocks of 32
-FULL = (40, 1, 1100, 33, 90, 31, 64, 5)
 QUERIES = 5
 
 
@@ -35,119 +31,6 @@ def restore():
 def isa(request):
     _C.set_isa(request.param)
     return request.param
-
-
-class Given(Vectors):
-    """Vectors that are no payload's."""
-
-    def __init__(self, vectors):
-        self.rows, self.dim, self.centroids = np.arange(len(vectors)), vectors.shape[1], {}
-        self._vectors = vectors
-
-    def take(self, ids):
-        return self._vectors[ids]
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
-
-
-def crowds(dim, sizes=SIZES, seed=0):
-    """Vectors, and the centroids that as many of them as `sizes` says lie around, in no order."""
-    centroids = normal(len(sizes), dim, seed=seed)
-    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
-    owners = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    return centroids[owners] + np.float32(0.3 / dim**0.5) * normal(len(owners), dim, seed=seed + 1), centroids
-
-
-@functools.cache
-def built(dim, sizes=SIZES):
-    """The searcher of `crowds`, the same in every test."""
-    rows, centroids = crowds(dim, sizes)
-    vectors = Given(rows)
-    vectors.centroids[len(sizes), 0] = centroids
-    return IvfRabitq.build(vectors, len(sizes), 0)
-
-
-@functools.cache
-def plainly(dim, sizes=SIZES):
-    return Plain(built(dim, sizes))
-
-
-def search(searcher, queries, k, nprobe, candidates, excluded=None, threads=0):
-    scores, ids = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-    searcher._native.search(queries, scores, ids, nprobe, candidates, excluded, threads)
-    return scores, ids
-
-
-def same(got, wanted):
-    """To the last bit."""
-    return all(one.tobytes() == other.tobytes() for one, other in zip(got, wanted, strict=True))
-
-
-class Plain:
-    """What a searcher's files say, in float64: rows by their ids."""
-
-    def __init__(self, searcher):
-        parts = searcher._parts
-        self.signs, sizes = parts["signs"], parts["sizes"]
-        self.dim, self.nlist, self.n = self.signs.shape[1], len(sizes), int(sizes.sum())
-        blocks = -(-sizes // _C.BLOCK_ROWS)
-        begins = np.cumsum(blocks) - blocks
-        places = np.concatenate([_C.BLOCK_ROWS * b + np.arange(size) for b, size in zip(begins, sizes, strict=True)])
-        columns = parts["bits"].transpose(0, 2, 1).reshape(-1, parts["bits"].shape[1])[places]
-        order = np.argsort(parts["ids"])
-        self.list = np.repeat(np.arange(self.nlist), sizes)[order]
-        self.bits = (2.0 * np.unpackbits(columns, axis=1, bitorder="little")[:, : self.dim] - 1)[order]
-        self.factors = parts["factors"].astype(np.float64)[order]
-        self.decoded = (parts["codes"] * parts["scales"][:, None])[order]
-        self.centroids = parts["centroids"] * parts["centroid_scales"].astype(np.float64)[:, None]
-        self.level = float(parts["level"][0])
-
-    def moved(self, queries):
-        return rotated(queries, self.signs)
-
-    def scores(self, queries):
-        """[q, n], and how far float32 may be from them: a rounding of every product and sum, twice that for FAISS."""
-        moved, rows = self.moved(queries).astype(np.float64), self.decoded.astype(np.float64)
-        return moved @ rows.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(rows).T)
-
-    def near(self, queries):
-        """<q, centroid> [q, nlist], and how far float32 may be from them."""
-        moved = self.moved(queries).astype(np.float64)
-        return moved @ self.centroids.T, (self.dim + 2) * EPS * (np.abs(moved) @ np.abs(self.centroids).T)
-
-    def near_estimates(self, queries):
-        """What centroids are ranked by before the best are scored, and how far it may be: as if rows of one list."""
-        moved = self.moved(queries).astype(np.float64)
-        mean = self.centroids.mean(axis=0)
-        residual = self.centroids - mean
-        sizes = np.abs(residual).sum(axis=1)
-        factors = np.divide(np.square(residual).sum(axis=1), sizes, out=np.zeros(self.nlist), where=sizes > 0)
-        most, size = np.abs(self.centroids).max(), np.abs(moved).sum(axis=1, keepdims=True)
-        either = np.abs(residual) <= 2 * self.nlist * EPS * most  # signs that rounding decides
-        off = self.table(moved)[:, None] + 2 * np.abs(moved) @ either.T + 2 * self.dim * EPS * size
-        found = (moved @ mean)[:, None] + factors * (moved @ np.sign(residual).T)
-        return found, factors * off + (self.dim + self.nlist) * EPS * most * size
-
-    def estimates(self, queries):
-        """factor <q, sign r> [q, n], and how far the scan's may be."""
-        moved = self.moved(queries).astype(np.float64)
-        return self.factors * (moved @ self.bits.T), self.factors * self.table(moved)[:, None]
-
-    def table(self, moved):
-        """How far <q, sign r> may be, for any signs.
-
-        An entry of the table is a whole number of steps, 63 of them (fewer where 16 bits would not hold all) for the
-        sum of sizes of the four coordinates where that is largest; it counts twice. So each is off by half a step.
-        """
-        pairs = -(-self.dim // 16)
-        fours = np.abs(np.pad(moved, ((0, 0), (0, 16 * pairs - self.dim)))).reshape(len(moved), -1, 4).sum(axis=2)
-        step = 2 * fours.max(axis=1) / min(63, 65535 // (4 * pairs))
-        off = (
-            -(-self.dim // 4) * (0.5 + 64 * 8 * EPS) * step
-        )  # 8 roundings of numbers up to 64 before an entry is whole
-        return off + (self.dim + 8) * EPS * fours.sum(axis=1)
 
 
 @pytest.mark.parametrize("dim", (16, 37, 100, 768))
@@ -205,10 +88,7 @@ def test_candidates_are_the_best_by_the_estimate(isa, dim, threads):
 def test_the_estimate_is_worth_its_candidates(isa):
     """Were it noise, a tenth of the rows would hold a tenth of the best: of one list around zero."""
     dim = 100
-    rows = normal(3000, dim)
-    vectors = Given(rows)
-    vectors.centroids[1, 0] = np.zeros((1, dim), np.float32)
-    searcher = IvfRabitq.build(vectors, 1, 0)
+    searcher = around(normal(3000, dim), np.zeros((1, dim), np.float32))
     queries = normal(20, dim, seed=5)
     _, wanted = search(searcher, queries, 10, 1, 3000)
     _, found = search(searcher, queries, 10, 1, 300)
@@ -216,14 +96,16 @@ def test_the_estimate_is_worth_its_candidates(isa):
     assert np.mean([np.isin(found[i], wanted[i]).mean() for i in range(20)]) > 0.95
 
 
-SCORED = 3  # centroids for every list that is searched
+def scored(nprobe):
+    """Centroids that lists to be searched are chosen from."""
+    return -(-5 * nprobe // 4)
 
 
 @pytest.mark.parametrize("sizes", (SIZES, FULL), ids=("empty lists", "no empty list"))
 @pytest.mark.parametrize("dim", (16, 100))
 @pytest.mark.parametrize("threads", (1, 3))
 def test_only_the_nearest_lists_are_searched(isa, dim, sizes, threads):
-    """Those of the best scores among three times as many centroids, of the best estimates."""
+    """Those of the best scores among a quarter more centroids, of the best estimates."""
     searcher, plain, queries = built(dim, sizes), plainly(dim, sizes), normal(10, dim, seed=6)
     near, rounding = plain.near(queries)
     estimates, off = plain.near_estimates(queries)
@@ -236,24 +118,44 @@ def test_only_the_nearest_lists_are_searched(isa, dim, sizes, threads):
             in_, out = np.flatnonzero(probed > 0), np.flatnonzero(there & (probed == 0))
             assert nprobe - (~there).sum() <= len(in_) <= nprobe
             for one in in_:
-                assert (estimates[i] - off[i] > (estimates[i] + off[i])[one]).sum() < SCORED * nprobe
+                assert (estimates[i] - off[i] > (estimates[i] + off[i])[one]).sum() < scored(nprobe)
             worst = (near[i] + rounding[i])[in_].min(initial=np.inf)
             for one in out[(near[i] - rounding[i])[out] > worst]:  # nearer, and yet not scored
-                assert (estimates[i] + off[i] >= (estimates[i] - off[i])[one]).sum() - 1 >= SCORED * nprobe
+                assert (estimates[i] + off[i] >= (estimates[i] - off[i])[one]).sum() - 1 >= scored(nprobe)
 
 
 def test_centroids_are_ranked_by_their_codes(isa):
-    """By several scans of 256 of them. The nearest is nearly always among the best three by one bit a component."""
+    """By several scans of 256 of them. The nearest is nearly always among the best two by one bit a component."""
     dim, nlist = 64, 600
     rows, centroids = crowds(dim, (2,) * nlist, seed=30)
-    vectors = Given(rows)
-    vectors.centroids[nlist, 0] = centroids
-    searcher = IvfRabitq.build(vectors, nlist, 0)
+    searcher = around(rows, centroids)
     plain, queries = Plain(searcher), rows[::20]
     nearest = plain.near(queries)[0].argmax(axis=1)
     for threads in (1, 3):
         found = np.stack([search(searcher, row[None], 1, 1, 9, threads=threads)[1][0, 0] for row in queries])
         assert (plain.list[found] == nearest).mean() > 0.95
+
+
+def test_of_more_lists_than_are_kept_until_the_end_the_nearest_are_searched(isa):
+    """There is room for 2^14 centroids before their best are looked for."""
+    dim, nlist = 16, 20_000
+    rows, centroids = crowds(dim, (1,) * nlist, seed=31)
+    searcher = around(rows[:6000], centroids)
+    plain, queries = Plain(searcher), normal(3, dim, seed=32)
+    (near, rounding), (estimates, off) = plain.near(queries), plain.near_estimates(queries)
+    sizes = np.bincount(plain.list, minlength=nlist)
+    for nprobe, threads in ((1, 1), (1, 3), (200, 3), (9000, 1), (nlist, 3)):
+        for i in range(len(queries)):
+            _, ids = search(searcher, queries[i : i + 1], plain.n, nprobe, plain.n, threads=threads)
+            probed = np.bincount(plain.list[ids[ids >= 0]], minlength=nlist)
+            assert ((probed == 0) | (probed == sizes)).all()
+            in_, out = np.flatnonzero(probed), np.flatnonzero((sizes > 0) & (probed == 0))
+            assert nprobe - (sizes == 0).sum() <= len(in_) <= nprobe
+            above = nlist - np.searchsorted(np.sort(estimates[i] - off[i]), estimates[i] + off[i], side="right")
+            assert (above[in_] < scored(nprobe)).all()
+            perhaps = nlist - np.searchsorted(np.sort(estimates[i] + off[i]), estimates[i] - off[i]) - 1
+            nearer = out[(near[i] - rounding[i])[out] > (near[i] + rounding[i])[in_].min(initial=np.inf)]
+            assert (perhaps[nearer] >= scored(nprobe)).all()
 
 
 @pytest.mark.parametrize("dim", (37, 256))
@@ -448,23 +350,15 @@ def test_the_rotation_is_signs_and_hadamard_transforms(isa, dim):
 def test_rows_are_coded_by_what_they_differ_from_their_centroid(dim):
     """Its level is the least squares', a row's list the nearest, its bits and factor those of the residual."""
     plain, (rows, _) = plainly(dim), crowds(dim)
+    plain.codes(rows)
     moved = plain.moved(rows).astype(np.float64)
-    near = moved @ plain.centroids.T
-    rounding = (dim + 2) * EPS * np.abs(moved).max(axis=1) * np.abs(plain.centroids).sum(axis=1).max()
-    best = near.max(axis=1)
-    assert (near[np.arange(plain.n), plain.list] >= best - 2 * rounding).all()
-    square = np.square(plain.centroids).sum(axis=1).mean()
-    assert abs(plain.level - best.mean() / square) <= (rounding.max() + 32 * EPS * best.max()) / square
-    centroids = plain.level * plain.centroids[plain.list]
-    residual, off = moved - centroids, 2 * EPS * (np.abs(moved) + np.abs(centroids)).max()
-    assert ((np.sign(residual) == plain.bits) | (np.abs(residual) <= off)).all()
-    size, square = np.abs(residual).sum(axis=1), np.square(residual).sum(axis=1)
-    known = size > 4 * dim * off  # else it is all rounding
-    assert known.any()
-    factors, size, square = plain.factors[known], size[known], square[known]
-    wanted = square / size
-    allowed = (2 + dim * square / size**2) * off / (1 - dim * off / size) + (dim + 4) * EPS * wanted
-    assert (np.abs(factors - wanted) <= allowed).all()
+    rounding = (dim + 2) * EPS * np.abs(moved).max() * np.abs(plain.centroids).sum(axis=1).max()
+    best, square = (moved @ plain.centroids.T).max(axis=1), np.square(plain.centroids).sum(axis=1).mean()
+    assert abs(plain.level - best.mean() / square) <= (rounding + 32 * EPS * best.max()) / square
+    blocks, sizes = built(dim)._parts["blocks"], built(dim)._parts["sizes"]
+    used = np.concatenate([np.arange(-(-n // 32) * 32) < n for n in sizes])
+    assert not factors_of(blocks).reshape(-1)[~used].any()  # and nothing where there is no row
+    assert not blocks[:, :-4].transpose(0, 2, 1).reshape(len(used), -1)[~used].any()
 
 
 def test_eight_bits_are_half_a_step_off():
@@ -516,164 +410,3 @@ def test_a_model_and_the_search_in_one_call_find_what_two_calls_find(isa, payloa
             wanted = index.search(predicted, 12, exclude)
             for threads in (0, 1, 3):
                 assert same(index.predict(model, context, 12, exclude, threads), wanted)
-
-
-PARTS = tuple(file.removesuffix(".npy") for file in IvfRabitq.FILES)
-
-
-def spoiled(values):
-    """What an array may be given as instead, and is not to be taken."""
-    found = {
-        "nothing": None,
-        "a list": values.tolist(),
-        "a number": np.float64(3),
-        "another dtype": values.astype(np.float64),
-        "dates": np.zeros(values.shape, "datetime64[s]"),
-        "one row less": np.ascontiguousarray(values[:-1]),
-        "another axis": values[None],
-    }
-    if len(values) > 1:
-        found["gaps"] = np.repeat(values, 2, axis=-1)[..., ::2]
-        found["backwards"] = values[::-1]
-    if values.dtype.itemsize > 1:
-        found["another byte order"] = values.astype(values.dtype.newbyteorder())
-    if values.ndim > 1:
-        found["Fortran order"] = np.asfortranarray(values)
-        found["one column less"] = np.ascontiguousarray(values[..., :-1])
-    return found
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_wrong_part_is_named(part):
-    parts = built(37)._parts
-    with pytest.raises(ValueError, match=f"{part} is missing"):
-        _C.Searcher({name: values for name, values in parts.items() if name != part})
-    for what, bad in spoiled(parts[part]).items():
-        # Codes and sizes say how many rows, columns and lists there are: of others, others are named.
-        named = "|".join(PARTS) if part in ("codes", "sizes") and what.startswith("one") else part
-        with pytest.raises(ValueError, match=f"^({named}): "):
-            _C.Searcher({**parts, part: bad})
-
-
-def test_numbers_that_lead_out_of_the_lists_are_refused():
-    parts = built(37)._parts
-    n = len(parts["ids"])
-    for sizes in ([-1, n + 1], [n, 1], [n - 1, 0], [2**62, 2**62], [2**63 - 1, 2**63 - 1], [-(2**63), n]):
-        bad = np.array([0, 0, 0, 0, 0, 0, *sizes], np.int64)
-        with pytest.raises(ValueError, match=r"^(sizes|bits): "):
-            _C.Searcher({**parts, "sizes": bad})
-    ids = parts["ids"].copy()
-    ids[5] = -1
-    with pytest.raises(ValueError, match=r"^ids: wants 0 or more"):
-        _C.Searcher({**parts, "ids": ids})
-    for empty in (np.empty((0, 37), np.int8), np.empty((n, 0), np.int8)):
-        with pytest.raises(ValueError, match=r"^(codes|sizes): "):
-            _C.Searcher({**parts, "codes": empty})
-
-
-def arguments(n=3, dim=37, k=4):
-    return {
-        "queries": normal(n, dim),
-        "scores": np.empty((n, k), np.float32),
-        "ids": np.empty((n, k), np.int64),
-        "nprobe": 2,
-        "candidates": 9,
-        "excluded": np.full((n, 2), -1),
-        "threads": 1,
-    }
-
-
-def predict_arguments():
-    given = arguments()
-    del given["queries"]
-    model = _C.Model(2, 37, [("last", {})])
-    return {"model": model, "context": normal(3, 2, 37), "predicted": np.empty((3, 37), np.float32), **given}
-
-
-def read_only(values):
-    values.flags.writeable = False
-    return values
-
-
-NUMBERS = (
-    ("nprobe", (0, -1, 9, -(2**63), 2**63 - 1)),
-    ("candidates", (0, -1, -(2**63))),
-    ("threads", (-1, 1025, -(2**31))),
-)
-
-
-@pytest.mark.parametrize("call", ("search", "predict"))
-def test_a_wrong_argument_is_named(call):
-    given = (arguments if call == "search" else predict_arguments)()
-    function = getattr(built(37)._native, call)
-    function(**given)
-    sizes = {"queries", "context"}  # of which others depend: of another length, others are named
-    for name, values in given.items():
-        if not isinstance(values, np.ndarray):
-            continue
-        for what, bad in spoiled(values).items():
-            if (name, what) in (("excluded", "nothing"), ("excluded", "one column less")):
-                function(**{**given, name: bad})
-                continue
-            other = (name in sizes and what == "one row less") or (name, what) == ("scores", "one column less")
-            with pytest.raises(ValueError, match=r"^(scores|ids|predicted): " if other else f"^{name}: "):
-                function(**{**given, name: bad})
-    for name in ("scores", "ids", "predicted"):
-        if name in given:
-            with pytest.raises(ValueError, match=f"^{name}: "):
-                function(**{**given, name: read_only(given[name].copy())})
-    for name, values in NUMBERS:
-        for value in values:
-            with pytest.raises(ValueError, match=f"^{name}: got {value}, wants"):
-                function(**{**given, name: value})
-    none = {"scores": np.empty((3, 0), np.float32), "ids": np.empty((3, 0), np.int64)}
-    with pytest.raises(ValueError, match=r"^scores: wants one column or more"):
-        function(**{**given, **none})
-    with pytest.raises(TypeError):
-        function()
-
-
-def test_a_model_of_other_vectors_is_refused():
-    given = predict_arguments() | {"model": _C.Model(2, 36, [("last", {})])}
-    with pytest.raises(ValueError, match=r"^model: makes vectors of 36, and the index has 37"):
-        built(37)._native.predict(**given)
-
-
-def test_read_only_inputs_and_more_candidates_than_rows_are_taken():
-    given = arguments()
-    built(37)._native.search(**given)
-    wanted = given["scores"].copy(), given["ids"].copy()
-    for name in ("queries", "excluded"):
-        read_only(given[name])
-    built(37)._native.search(**given)
-    assert same((given["scores"], given["ids"]), wanted)
-    built(37)._native.search(**{**given, "candidates": 2**63 - 1})
-
-
-def test_the_rotation_names_what_is_wrong():
-    signs, rows = np.ones((_C.ROTATION_ROUNDS, 6), np.float32), normal(3, 6)
-    _C.rotate(signs, rows)
-    for bad in spoiled(signs).values():
-        with pytest.raises(ValueError, match=r"^signs: "):
-            _C.rotate(bad, rows)
-    for what, bad in spoiled(rows).items():
-        if what != "one row less":
-            with pytest.raises(ValueError, match=r"^(signs|rows): "):
-                _C.rotate(signs, bad)
-    with pytest.raises(ValueError, match=r"^rows: "):
-        _C.rotate(signs, read_only(rows.copy()))
-    with pytest.raises(ValueError, match=r"^rows: "):  # no coordinates: there would be a transform of one before them
-        _C.rotate(np.empty((_C.ROTATION_ROUNDS, 0), np.float32), np.empty((3, 0), np.float32))
-    _C.rotate(signs, np.empty((0, 6), np.float32))
-
-
-def test_memory_of_the_parts_stays_where_it_is():
-    """An array that could grow and move is kept from it while it is searched."""
-    parts = built(37)._parts
-    for name, code in (("factors", "f"), ("sizes", "q"), ("ids", "i")):
-        growing = array.array(code, parts[name].tolist())
-        searcher = _C.Searcher({**parts, name: growing})
-        with pytest.raises(BufferError):
-            growing.append(0)
-        del searcher
-        growing.append(0)

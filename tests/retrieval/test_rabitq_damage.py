@@ -7,26 +7,42 @@ import pytest
 from test_damage import refused, rehashed
 
 from fastlvm.data import Payload
-from fastlvm.retrieval import Index
+from fastlvm.retrieval import Index, rabitq
+from fastlvm.retrieval.coding import factors_of
 from fastlvm.retrieval.rabitq import IvfRabitq
 
 DIM, ROWS, LISTS = 24, 420, 8
-FLOATS = ("centroid_scales", "factors", "scales", "signs", "level")
+TAIL = 7
+COUNT = ROWS + TAIL
+FLOATS = ("centroid_scales", "factors", "scales", "signs", "level", "tail")
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    vectors = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
+    """With some rows that are in no list yet."""
+    vectors = np.random.default_rng(0).standard_normal((COUNT, DIM)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    keys = np.stack(np.divmod(np.arange(ROWS), 10), axis=1).astype(np.int32)
-    payload = Payload.build(tmp_path_factory.mktemp("payload") / "p", vectors, keys, encoder="test")
-    return Index.build(payload, "ivf_rabitq", nlist=LISTS, nprobe=LISTS)
+    keys = np.stack(np.divmod(np.arange(COUNT), 10), axis=1).astype(np.int32)
+    payload = Payload.build(tmp_path_factory.mktemp("payload") / "p", vectors[:ROWS], keys[:ROWS], encoder="test")
+    index = Index.build(payload, "ivf_rabitq", nlist=LISTS, nprobe=LISTS)
+    index.add(vectors[ROWS:], keys[ROWS:])
+    return index
 
 
 @pytest.fixture
 def folder(index, tmp_path):
-    index.save(tmp_path / "index")
+    index.save_copy(tmp_path / "index")
     return tmp_path / "index"
+
+
+def change(folder, part, change):
+    """What `change` does to an array, or to the factors that are in the blocks."""
+    file = folder / f"{'blocks' if part == 'factors' else part}.npy"
+    whole = np.load(file)
+    change(factors_of(whole) if part == "factors" else whole)
+    np.save(file, whole)
+    rehashed(folder)
+    return file.name
 
 
 def other_dtypes(array):
@@ -99,18 +115,38 @@ BIG = 2**62
     ],
 )
 def test_lists_of_other_rows_are_refused(folder, sizes):
-    np.save(folder / "sizes.npy", np.array(sizes + [0] * (LISTS - len(sizes)), np.int64))
+    np.save(folder / "sizes.npy", np.array(sizes + [0] * (LISTS - len(sizes)) + [TAIL], np.int64))
     rehashed(folder)
-    refused(folder, "sizes.npy", f"lists that do not have {ROWS} rows together")
+    refused(folder, "sizes.npy", f"lists that do not have {COUNT} rows together")
+
+
+@pytest.mark.parametrize("tail", (-1, -(2**63), TAIL - 1, TAIL + 1, COUNT, 2**63 - 1))
+def test_a_tail_of_other_rows_is_refused(folder, tail):
+    sizes = np.load(folder / "sizes.npy")
+    sizes[-1] = tail
+    np.save(folder / "sizes.npy", sizes)
+    rehashed(folder)
+    refused(folder, "sizes.npy", f"lists that do not have {COUNT} rows together")
+    sizes[0] += min(max(TAIL - tail, -COUNT), COUNT)  # as many together where that can be
+    np.save(folder / "sizes.npy", sizes)
+    rehashed(folder)
+    refused(folder, "", "lists that do not have|is wanted|is truncated|has bytes after its end")
+
+
+def test_a_tail_that_no_search_has_room_for_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(rabitq, "TAIL", TAIL)
+    Index.open(folder)
+    monkeypatch.setattr(rabitq, "TAIL", TAIL - 1)
+    refused(folder, "sizes.npy", "lists that do not have")
 
 
 def test_lists_of_other_blocks_are_refused(folder):
-    """As many rows together, and yet other blocks of bits."""
-    sizes = np.zeros(LISTS, np.int64)
-    sizes[0] = ROWS
+    """As many rows together, and yet other blocks."""
+    sizes = np.zeros(LISTS + 1, np.int64)
+    sizes[[0, -1]] = ROWS, TAIL
     np.save(folder / "sizes.npy", sizes)
     rehashed(folder)
-    refused(folder, "bits.npy", "holds uint8|truncated|after its end")
+    refused(folder, "blocks.npy", "holds uint8|truncated|after its end")
 
 
 @pytest.mark.parametrize("bad", (-1, ROWS, 2**31 - 1, -(2**31), "twice"))
@@ -122,24 +158,39 @@ def test_ids_that_are_not_every_row_once_are_refused(folder, bad):
     refused(folder, "ids.npy", f"not 0 to {ROWS - 1}, each once")
 
 
-@pytest.mark.parametrize("part", FLOATS)
-@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize(
+    ("part", "bad"),
+    [(part, bad) for part in FLOATS for bad in (np.nan, np.inf, -np.inf) if part != "factors" or bad == bad],
+)
 def test_numbers_that_no_index_has_are_refused(folder, part, bad):
-    """Else they would be scores, the first of all results."""
-    array = np.load(folder / f"{part}.npy")
-    array.reshape(-1)[-1] = bad
-    np.save(folder / f"{part}.npy", array)
-    rehashed(folder)
-    refused(folder, f"{part}.npy", f"holds {bad}")
+    """Else they would be scores, the first of all results. A factor that is NaN is that of a row that was removed."""
+
+    def spoil(array):
+        array[(-1,) * array.ndim] = bad
+
+    file = change(folder, part, spoil)
+    refused(folder, file, "holds a value that is not finite" if part == "tail" else f"holds {bad}")
 
 
 @pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales"))
 def test_numbers_below_zero_are_refused(folder, part):
-    array = np.load(folder / f"{part}.npy")
-    array[3] = -0.5
-    np.save(folder / f"{part}.npy", array)
-    rehashed(folder)
-    refused(folder, f"{part}.npy", "holds -0.5")
+    def spoil(array):
+        array[(3,) * array.ndim] = -0.5
+
+    refused(folder, change(folder, part, spoil), "holds -0.5")
+
+
+@pytest.mark.parametrize("nan", (0x7FC00000, 0x7F800001, 0xFFC00000, 0xFFFFFFFF))
+def test_a_factor_that_is_no_number_is_a_row_that_is_not_found(folder, nan):
+    """Whatever its other bits say."""
+
+    def remove(factors):
+        factors[0, 2] = np.array(nan, np.uint32).view(np.float32)
+
+    change(folder, "factors", remove)
+    sizes = np.load(folder / "sizes.npy")
+    assert sizes[0] > 2
+    searches(folder, gone=[np.load(folder / "ids.npy")[2]])
 
 
 def test_signs_are_one_or_minus_one(folder):
@@ -149,45 +200,77 @@ def test_signs_are_one_or_minus_one(folder):
         refused(folder, "signs.npy", "holds ")
 
 
-def searches(folder, finite=True):
-    """Rows of the payload, none of them twice, whatever the codes say."""
+def searches(folder, finite=True, gone=()):
+    """Rows of the index, none of them twice, whatever the codes say."""
     index = Index.open(folder)
     queries = np.random.default_rng(1).standard_normal((70, DIM)).astype(np.float32)
-    for k in (5, ROWS):
+    for k in (5, COUNT):
         for given in (queries, queries[:1]):
             found = index.search(given, k, np.arange(3))
-            assert found.ids.min() >= -1 and found.ids.max() < ROWS and not np.isin(found.ids, np.arange(3)).any()
+            assert found.ids.min() >= -1 and found.ids.max() < COUNT
+            assert not np.isin(found.ids, [*range(3), *gone]).any()
             assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in found.ids)
             if finite:
                 assert np.isfinite(found.scores[found.ids >= 0]).all()
+                wanted = min(k, COUNT - len({0, 1, 2, *gone}))
+                assert ((found.ids >= 0).sum(axis=1) == wanted).all()
 
 
-@pytest.mark.parametrize("part", ("bits", "codes", "centroids"))
-def test_codes_that_are_noise_are_searched_safely(folder, part):
-    array = np.load(folder / f"{part}.npy")
-    for values in (np.random.default_rng(2).integers(0, 256, array.nbytes), 255, 128, 0):
-        noise = np.empty(array.nbytes, np.uint8)
-        noise[:] = values
-        np.save(folder / f"{part}.npy", noise.view(array.dtype).reshape(array.shape))
-        rehashed(folder)
-        searches(folder)
+@pytest.mark.parametrize("part", ("blocks", "codes", "centroids"))
+@pytest.mark.parametrize("values", ("noise", 255, 128, 0))
+def test_codes_that_are_noise_are_searched_safely(folder, part, values):
+    def spoil(array):
+        codes = (array[:, :-4] if part == "blocks" else array).view(np.uint8)
+        codes[:] = np.random.default_rng(2).integers(0, 256, codes.shape) if values == "noise" else values
+
+    change(folder, part, spoil)
+    searches(folder)
 
 
-@pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales", "level"))
+@pytest.mark.parametrize("part", ("centroid_scales", "factors", "scales", "level", "tail"))
 @pytest.mark.parametrize("value", (0, 1e-45, 3e38))
 def test_scales_beyond_all_measure_are_searched_safely(folder, part, value):
-    array = np.load(folder / f"{part}.npy")
-    array[: -(-len(array) // 2)] = value
-    np.save(folder / f"{part}.npy", array)
-    rehashed(folder)
+    def spoil(array):
+        array[: -(-len(array) // 2)] = value
+
+    change(folder, part, spoil)
     searches(folder, finite=value < 1)
 
 
 def test_lists_that_are_all_but_one_empty_are_searched_safely(folder):
-    sizes = np.zeros(LISTS, np.int64)
-    sizes[3] = ROWS
-    bits = np.load(folder / "bits.npy")
+    sizes = np.zeros(LISTS + 1, np.int64)
+    sizes[[3, -1]] = ROWS, TAIL
+    blocks = np.load(folder / "blocks.npy")
     np.save(folder / "sizes.npy", sizes)
-    np.save(folder / "bits.npy", bits[: -(-ROWS // 32)])
+    np.save(folder / "blocks.npy", blocks[: -(-ROWS // 32)])
     rehashed(folder)
     searches(folder)
+
+
+@pytest.fixture
+def thinned(folder, tmp_path):
+    """A folder of the index without all rows of lists and one of the tail, which files have all the same."""
+    index = Index.open(folder)
+    keys = np.stack(np.divmod(np.arange(ROWS + 1), 10), axis=1)
+    index.remove(keys)
+    index.save(tmp_path / "thinned")
+    return tmp_path / "thinned"
+
+
+def test_rows_that_were_removed_may_be_missing_and_no_others(thinned):
+    assert np.load(thinned / "sizes.npy").tolist()[-1] == TAIL
+    for kept in (ROWS, 33, 1, 0):
+        sizes = np.zeros(LISTS + 1, np.int64)
+        sizes[[4, -1]] = kept, TAIL
+        np.save(thinned / "sizes.npy", sizes)
+        for part in ("ids", "codes", "scales"):
+            np.save(thinned / f"{part}.npy", np.load(thinned / f"{part}.npy")[:kept])
+        np.save(thinned / "blocks.npy", np.load(thinned / "blocks.npy")[: -(-kept // 32)])
+        rehashed(thinned)
+        index = Index.open(thinned)
+        found = index.search(np.ones((2, DIM), np.float32), COUNT).ids
+        assert (np.sort(found, axis=1)[:, -TAIL:] == [-1, *range(ROWS + 1, COUNT)]).all()
+    for tail in (TAIL - 2, 0):
+        np.save(thinned / "sizes.npy", np.array([0] * LISTS + [tail]))
+        rehashed(thinned)
+        refused(thinned, "sizes.npy", f"lists that do not have {TAIL - 1} rows together")

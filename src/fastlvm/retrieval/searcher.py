@@ -79,7 +79,7 @@ class Searcher(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write FILES, what was removed as if it were there, into a folder. Raises OSError where that cannot be."""
+        """Write FILES into a folder that exists, with what was removed or without. Raises OSError where that cannot be."""
         ...
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -92,11 +92,11 @@ class Searcher(Protocol):
 
     def add(self, vectors: np.ndarray) -> None:
         """Add vectors float32 [m, dim], C-contiguous, finite and in the space: they are count to count + m - 1."""
-        raise NotImplementedError
+        ...
 
     def remove(self, ids: np.ndarray) -> None:
         """Never find ids int64 [m] again, of which none was removed before; their numbers stay taken."""
-        raise NotImplementedError
+        ...
 
     def predict(
         self,
