@@ -34,7 +34,10 @@ RECIPE = 1  # of the rivals' indexes: counts up when they change
 _CASES = ("bench_predictor", "forward_cases", "gate_cases")
 _MAKERS = (
     *_CASES,
-    *(f"fastlvm.retrieval.{name}" for name in ("build", "faiss_kinds", "measure", "rabitq", "record", "vectors")),
+    *(
+        f"fastlvm.retrieval.{name}"
+        for name in ("build", "coding", "faiss_kinds", "measure", "rabitq", "record", "vectors")
+    ),
     *(f"fastlvm.predictor.{name}" for name in ("artifact", "blocks", "export", "layers", "pack")),
 )
 
