@@ -79,7 +79,7 @@ class Searcher(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write FILES into a folder that exists, with what was removed or without. Raises OSError where that cannot be."""
+        """Write FILES into a folder, with what was removed or without. Raises OSError where that cannot be."""
         ...
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
