@@ -14,6 +14,7 @@ that was removed; codes int8 [n, dim] and scales float32 [n]; tail float32 [.., 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -243,11 +244,18 @@ def _read(folder: Path, shape: Shape, mapped: bool) -> dict[str, np.ndarray]:
         "sizes": sizes,
         "ids": read("ids", "int32", (n,)),
         "blocks": read("blocks", "uint8", (Places(sizes[:-1]).blocks, layers(dim), ROWS), mapped),
-        "codes": read("codes", "int8", (n, dim), mapped),
+        "codes": _scattered(read("codes", "int8", (n, dim), mapped)),
         "scales": read("scales", "float32", (n,)),
     }
     _check(folder, parts, shape.count - int(sizes[-1]))
     return parts
+
+
+def _scattered(codes: np.ndarray) -> np.ndarray:
+    """The same. A mapped row is read alone: what the system would read after it, by itself, is of no use."""
+    if isinstance(codes.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        codes.base.madvise(mmap.MADV_RANDOM)
+    return codes
 
 
 def _check(folder: Path, parts: dict[str, np.ndarray], count: int) -> None:
