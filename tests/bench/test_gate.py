@@ -231,6 +231,16 @@ def test_predictions_lie_where_real_ones_do_and_those_of_the_drawn_head_do_not(r
     assert drawn["first"] < 0.5 * run.made.reals["window means"]["first"]
 
 
+def test_rivals_that_nobody_built_are_left_out_where_those_there_are_suffice(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(gate_rivals.Builder, "engine", absent)
+    monkeypatch.setattr(run.made, "rivals_folder", tmp_path)
+    options = SimpleNamespace(gate_kept=True, gate_hnsw=True)
+    for name in (SEEDS, SQ8):
+        assert "--gate-kept" in run.contest._load(name, options)
+    monkeypatch.undo()
+    assert run.contest._load(SEEDS, options) == ""
+
+
 def test_a_second_setup_builds_nothing(run, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("built again")

@@ -19,14 +19,6 @@ from fastlvm.retrieval.rabitq import IvfRabitq
 QUERIES = 5
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    isa, threads = _C.isa(), _C.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
-
-
 @pytest.fixture(params=_C.isas())
 def isa(request):
     _C.set_isa(request.param)

@@ -10,15 +10,6 @@ from rabitq_plain import built, normal, same
 
 from fastlvm import _C
 
-
-@pytest.fixture(autouse=True)
-def restore():
-    isa, threads = _C.isa(), _C.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
-
-
 ROOM = 7  # rows of the tail
 LISTED = ("signs", "centroids", "centroid_scales", "level", "sizes", "ids", "blocks", "codes", "scales")
 PARTS = (*LISTED, "tail_codes", "tail_scales")

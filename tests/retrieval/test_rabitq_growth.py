@@ -14,14 +14,6 @@ from fastlvm import _C
 from fastlvm.retrieval import rabitq
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    isa, threads = _C.isa(), _C.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
-
-
 @pytest.fixture
 def small_tail(monkeypatch):
     monkeypatch.setattr(rabitq, "TAIL", SMALL)

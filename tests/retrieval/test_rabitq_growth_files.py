@@ -17,13 +17,6 @@ from fastlvm.retrieval.rabitq import IvfRabitq
 from fastlvm.retrieval.searcher import Shape
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    isa = _C.isa()
-    yield
-    _C.set_isa(isa)
-
-
 @pytest.fixture
 def small_tail(monkeypatch):
     monkeypatch.setattr(rabitq, "TAIL", SMALL)
