@@ -21,6 +21,7 @@ TIMED = {
     "model": f"Predictor.predict of one context, {PRECISION} weights, or the rival's forward of forward_rivals.py",
     "search": f"Index.search for the {K} nearest to one prediction, index of kind ivf_rabitq, or the rival's search",
     "end_to_end": "Predictor.search of one context, both in one call, or the rival's forward and then its search",
+    "reranker": f"Predictor.rerank of one context, the {K} nearest in another order; keys are given",
     **gate_rivals.TIMED,
 }
 
@@ -36,12 +37,13 @@ class GateResults(Record):
         self.calls: list[dict[str, Any]] = []  # consecutive ones
         self.paired: list[dict[str, Any]] = []
         self.load_rows: list[dict[str, Any]] = []  # several clients
+        self.rerankers: list[dict[str, Any]] = []  # one after a prediction
         self.batches: list[dict[str, Any]] = []
         self.verdicts: list[dict[str, Any]] = []
 
     @property
     def any(self) -> bool:
-        return bool(self.calls or self.paired or self.load_rows or self.batches or self.verdicts)
+        return bool(self.calls or self.paired or self.load_rows or self.rerankers or self.batches or self.verdicts)
 
     def add_calls(self, stage: str, threads: int, seconds: Sequence[float]) -> None:
         self.calls.append({"stage": stage, "threads": threads, **percentiles(seconds)})
@@ -56,6 +58,11 @@ class GateResults(Record):
     def add_load(self, clients: int, threads: int, seconds: Sequence[float], elapsed: float) -> None:
         row = {"clients": clients, "threads": threads, "per_s": len(seconds) / elapsed}
         self.load_rows.append(row | percentiles(seconds))
+
+    def add_reranker(self, stage: str, uses_keys: bool, threads: int, costs: Sequence[Mapping[str, float]]) -> None:
+        """costs: seconds of a call by stage, those of the whole being "end_to_end"."""
+        row = {"name": stage, "uses_keys": uses_keys, "threads": threads}
+        self.rerankers.append(row | {name: percentiles([cost[name] for cost in costs]) for name in costs[0]})
 
     def add_batch(self, name: str, threads: int, queries: int, seconds: Sequence[float]) -> None:
         median = float(np.median(seconds))
@@ -87,6 +94,7 @@ class GateResults(Record):
             and each <= {(row["stage"], row["threads"]) for row in self.paired if row["name"] == OURS}
             and {(c, n) for c in CLIENTS for n in self.threads}
             <= {(r["clients"], r["threads"]) for r in self.load_rows}
+            and self.rerankers
             and self.batches
             and self.verdicts
         )
@@ -102,6 +110,7 @@ class GateResults(Record):
             "paired": self.paired,
             "indexes": self.indexes,
             "load_rows": self.load_rows,
+            "rerankers": self.rerankers,
             "batches": self.batches,
             "reasons": self.reasons,
         }

@@ -59,6 +59,7 @@ class Setup:
         self.own: dict[str, Any] = self._made()
         self.predictor = fastlvm.Predictor.load(self.folder / "artifact")
         self.contexts = np.ascontiguousarray(self.payload.take(measuring), dtype=np.float32)
+        self.last_keys = self.payload.keys[measuring[:, -1]]
         self.predicted = self.predictor.predict(self.contexts)
         self.truth = self._nearest("truth", self.predicted[:RECALLED])
         self.reals = self._reals()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gate_cases import K
 from gate_results import OURS
 from table import figure, section
 
@@ -41,6 +42,11 @@ def markdown(data: dict[str, Any]) -> str:
             _indexes(data),
         ),
         section("Several clients of one predictor", ("clients", "threads", "calls", "a second", *_TIMES), _load(data)),
+        section(
+            f"A reranker after the search, of {K} candidates to as many, milliseconds",
+            ("", "uses keys", "threads", "calls", "inputs, median", *_TIMES, "end to end, median", "P95"),
+            _rerankers(data),
+        ),
         section("A batch of queries", ("", "threads", "queries", "calls", "queries a second"), _batches(data)),
         section("Not timed", ("", "why"), data["reasons"].items()),
         "### What is timed\n\n"
@@ -95,6 +101,14 @@ def _indexes(data: dict[str, Any]) -> Iterable[Sequence[str]]:
 def _load(data: dict[str, Any]) -> Iterable[Sequence[str]]:
     for row in data["load_rows"]:
         yield str(row["clients"]), str(row["threads"]), str(row["calls"]), f"{row['per_s']:.0f}", *_times(row)
+
+
+def _rerankers(data: dict[str, Any]) -> Iterable[Sequence[str]]:
+    for row in data["rerankers"]:
+        stage, whole = row["stage"], row["end_to_end"]
+        inputs = figure(row["inputs"]["p50_ms"])
+        about = row["name"], "yes" if row["uses_keys"] else "no", str(row["threads"]), str(stage["calls"]), inputs
+        yield *about, *_times(stage), figure(whole["p50_ms"]), figure(whole["p95_ms"])
 
 
 def _batches(data: dict[str, Any]) -> Iterable[Sequence[str]]:

@@ -21,6 +21,7 @@ import gate_rivals
 import paired
 from contenders import BEST
 from fastlvm.evaluation import latency_gate
+from fastlvm.retrieval.rerank import RERANKERS
 from forward_cases import CHECKED, RIVAL_COSINE, TIMED_CALLS, WARM_CALLS
 from gate_cases import CLIENTS, REAL, RECALLED, STAGES, K
 from gate_results import OURS
@@ -36,6 +37,7 @@ else:
 GATES = latency_gate.parse(tomllib.loads(Path(__file__).with_name("gates.toml").read_text(encoding="utf-8")))
 CALLS = 70  # consecutive calls for one of --bench-rounds
 WARM = 0.05  # of those, made before and not timed
+RERANKED = 10  # of each reranker, for one of --bench-rounds
 BATCH_ROUNDS = 10  # of --bench-rounds for one of the batches
 EAGER, OPENVINO = "PyTorch fp32", "OpenVINO bf16"
 
@@ -255,6 +257,28 @@ def under_load(predictor: Any, contexts: np.ndarray, clients: int, calls: int) -
     if failed:
         raise failed[0]
     return [each for own in seconds for each in own], elapsed
+
+
+@pytest.mark.benchmark(group="gate: rerankers")
+@pytest.mark.parametrize("count", (2, 1))
+@pytest.mark.parametrize("name", RERANKERS)
+def test_reranker(benchmark, contest, name, count, threads, plan, gate_results):
+    if count not in threads:
+        pytest.skip(f"{count} threads are not to be had here")
+    made, stage = contest.made, RERANKERS[name]()
+    costs: list[dict[str, float]] = []
+
+    def rerank(number: int) -> None:
+        start = time.perf_counter()
+        found = made.predictor.rerank(made.contexts[number], [stage], K, key=made.last_keys[number])
+        whole = time.perf_counter() - start
+        inputs, own = found.stages
+        costs.append({"inputs": inputs.ms / 1e3, "stage": own.ms / 1e3, "end_to_end": whole})
+
+    pin(count, BEST)
+    calls = caller(rerank, np.arange(len(made.contexts)))
+    benchmark.pedantic(calls, rounds=RERANKED * plan.rounds)
+    gate_results.add_reranker(name, stage.uses_keys, count, costs[int(WARM * len(costs)) :])
 
 
 @pytest.mark.benchmark(group="gate: a batch of queries")

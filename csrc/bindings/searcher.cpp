@@ -160,14 +160,14 @@ void predict(const Holder& searcher, const Model& model, py::handle context, py:
   });
 }
 
-void rotate(py::handle signs, py::handle rows) {
+void rotate(py::handle signs, py::handle rows, bool back) {
   const py::buffer_info to = contiguous<float>("rows", rows, {-1, -1}, true);
   const int64_t dim = to.shape[1];
   if (dim < 1) fail("rows: wants one column or more");
   const auto* const given =
       static_cast<const float*>(contiguous<float>("signs", signs, {rotation_rounds, dim}, false).ptr);
   call_without_gil([&] {
-    const Rotation rotation{dim, given};
+    const Rotation rotation{dim, given, back};
     for (int64_t i = 0; i < to.shape[0]; ++i)
       active_kernels().search.rotate(rotation, static_cast<float*>(to.ptr) + i * dim);
   });
@@ -184,7 +184,8 @@ void bind_searcher(py::module_& m) {
            py::arg("ids"), py::arg("nprobe"), py::arg("candidates"), py::arg("excluded") = py::none(),
            py::arg("threads") = 0, py::arg("tail") = 0, py::arg("into_space") = py::none(), py::arg("own_score") = 0.0f,
            py::arg("own_tie") = 0.0f);
-  m.def("rotate", &rotate, py::arg("signs"), py::arg("rows"), "Rotate rows [n, dim] in place; signs [rounds, dim].");
+  m.def("rotate", &rotate, py::arg("signs"), py::arg("rows"), py::arg("back") = false,
+        "Rotate rows [n, dim] in place, or back; signs [rounds, dim].");
   m.attr("ROTATION_ROUNDS") = rotation_rounds;
   m.attr("BLOCK_ROWS") = block_rows;
 }

@@ -34,6 +34,7 @@ inline constexpr int64_t rotation_rounds = 4;
 struct Rotation {
   int64_t dim;
   const float* signs;  // [rotation_rounds, dim], 1 or -1
+  bool back;           // the inverse
 };
 
 // <q, sign r> ≈ base + step · Σ of the entries that a row's bits select. Columns are bytes of a row's code; a pair of

@@ -49,10 +49,13 @@ inline void hadamard(float* x, int64_t size) {
 inline void rotate(const Rotation& r, float* x) {
   int64_t size = 1;
   while (2 * size <= r.dim) size *= 2;
-  for (int64_t round = 0; round < rotation_rounds; ++round) {
+  for (int64_t step = 0; step < rotation_rounds; ++step) {
+    const int64_t round = r.back ? rotation_rounds - 1 - step : step;
     const float* const signs = r.signs + round * r.dim;
+    float* const part = x + (round % 2 ? r.dim - size : 0);
+    if (r.back) hadamard(part, size);  // its own inverse
     for (int64_t i = 0; i < r.dim; ++i) x[i] *= signs[i];
-    hadamard(x + (round % 2 ? r.dim - size : 0), size);
+    if (!r.back) hadamard(part, size);
   }
 }
 

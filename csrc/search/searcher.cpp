@@ -266,7 +266,7 @@ void Searcher::answer(const float* query, const SearchOptions& given, int seats,
   auto* const rotated = static_cast<float*>(workspace->take(static_cast<size_t>(vectors * dim) * sizeof(float)));
   std::copy_n(query, dim, rotated);
   std::copy_n(given.own, given.own_count * dim, rotated + dim);
-  for (int64_t i = 0; i < vectors; ++i) active_kernels().search.rotate({dim, lists_.signs}, rotated + i * dim);
+  for (int64_t i = 0; i < vectors; ++i) active_kernels().search.rotate({dim, lists_.signs, false}, rotated + i * dim);
   SearchOptions options = given;
   options.own = rotated + dim;
   {

@@ -18,6 +18,7 @@ from fastlvm.console import (
     interrupted,
     keep_apart,
     note,
+    parse_rerankers,
     parse_settings,
     parse_split,
     print_example,
@@ -32,6 +33,10 @@ from fastlvm.files import check_folder, check_new_folder
 from fastlvm.index_cli import index_app
 
 NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
+
+RERANK = (
+    "mmr:RELEVANCE, directional-bonus:WEIGHT, sequence-bias:WEIGHT:DECAY or shard-assist:WEIGHT; the last two use keys"
+)
 
 app = typer.Typer(
     name="fastlvm",
@@ -283,6 +288,7 @@ def bench_latency(
     k: Annotated[int, typer.Option("-k", help="chunks to search for")] = 50,
     threads: Annotated[int | None, typer.Option(help="threads of kernels and search")] = None,
     repeats: Annotated[int, typer.Option(help="timed calls of each stage")] = 2000,
+    rerank: Annotated[list[str] | None, typer.Option(help=RERANK)] = None,
     profile: Annotated[bool, typer.Option("--profile", help="what the model spends its time on, by layer")] = False,
     gate: Annotated[
         list[str] | None, typer.Option(help="epoch4, final, target, stretch, ours or ours-1-thread")
@@ -298,10 +304,11 @@ def bench_latency(
     threads = latency_gate.threads_of(gates, threads)
     if gates and k != latency_gate.K:
         raise InputError(f"-k is {k}, and a gate is of {latency_gate.K} chunks: leave out -k or --gate")
+    stages = parse_rerankers(rerank or [])
     predictor = Predictor.load(artifact, threads=threads)
     contexts = predictor.golden_context if context is None else read_array(context, "--context")
     latency = measure_predictor(
-        predictor, contexts, min(k, max(1, len(predictor.index))), repeats=repeats, threads=threads
+        predictor, contexts, min(k, max(1, len(predictor.index))), stages=stages, repeats=repeats, threads=threads
     )
     parts = predictor.profile(contexts, repeats=min(repeats, 500)) if profile else None
     verdicts = latency_gate.judge(gates, latency, predictor.index.recall_at_50)
@@ -309,12 +316,18 @@ def bench_latency(
     latency_gate.enforce(verdicts)
 
 
-@command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --json")
+@command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --rerank mmr:0.7 --json")
 def predict(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     context: Annotated[Path, typer.Option(help="float .npy of 5 x dim or n x 5 x dim, oldest first")],
     k: Annotated[int, typer.Option("-k", help="chunks to list")] = 50,
     keep_context: Annotated[bool, typer.Option("--keep-context", help="list the context's own chunks too")] = False,
+    rerank: Annotated[list[str] | None, typer.Option(help=RERANK)] = None,
+    candidates: Annotated[int | None, typer.Option(help="chunks that rerankers see; 50, or -k where more")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="integer .npy of n x 2: article, chunk of each context's last; found when absent"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a context")] = False,
     threads: Annotated[int | None, typer.Option(help="threads of kernels and search")] = None,
 ) -> None:
@@ -322,9 +335,24 @@ def predict(
     from fastlvm import Predictor
 
     vectors = read_array(context, "--context")
+    stages = parse_rerankers(rerank or [])
+    given = {"--candidates": candidates, "--keys": keys}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and not stages:
+        raise InputError(f"{idle[0]} is for rerankers, and there is none: add --rerank")
+    key = read_array(keys, "--keys") if keys else None
     predictor = Predictor.load(artifact, threads=threads)
-    found = predictor.search(vectors, min(k, max(1, len(predictor.index))), exclude=None if keep_context else "context")
-    print_found(found, single=vectors.ndim == 2, as_json=as_json)
+    exclude = None if keep_context else "context"
+    single, most = vectors.ndim == 2, max(1, len(predictor.index))
+    k = min(k, most)
+    if not stages:
+        print_found(predictor.search(vectors, k, exclude), single=single, as_json=as_json)
+        return
+    if key is not None and single and key.shape == (1, 2):
+        key = key[0]
+    seen = max(k, 50) if candidates is None else min(candidates, most)
+    ranked = predictor.rerank(vectors, stages, k, candidates=seen, exclude=exclude, key=key)
+    print_found(ranked.result, ranked, single=single, as_json=as_json)
 
 
 @command(app, "info", "fastlvm info")

@@ -128,6 +128,13 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
+def parse_rerankers(texts: list[str]) -> list[Any]:
+    """The rerankers that texts such as "mmr:0.7" name, in their order."""
+    from fastlvm.retrieval.rerank import parse
+
+    return [parse(text) for text in texts]
+
+
 def parse_settings(pairs: list[str], taken: Collection[str]) -> dict[str, Any]:
     """`key=value` pairs; values are JSON where they parse as JSON, else plain strings. `taken`: keys not to be set."""
     settings: dict[str, Any] = {}
@@ -275,8 +282,10 @@ def print_index(index: Index) -> None:
     show(table)
 
 
-def print_found(found: Any, *, single: bool, as_json: bool) -> None:
-    """Rows, keys and scores of `Predictor.search`, the best first."""
+def print_found(found: Any, ranked: Any = None, *, single: bool, as_json: bool) -> None:
+    """Rows, keys and scores of `Predictor.search`, the best first; what `Predictor.rerank` says of its stages."""
+    stages = [] if ranked is None else [f"{stage.name} {stage.ms:.3f} ms" for stage in ranked.stages]
+    said = {} if ranked is None else {"label": ranked.label, "ms": {s.name: s.ms for s in ranked.stages}}
     results = [found] if single else [type(found)(*part) for part in zip(*found, strict=True)]
     for number, one in enumerate(results):
         rows = [
@@ -285,13 +294,15 @@ def print_found(found: Any, *, single: bool, as_json: bool) -> None:
             if row >= 0
         ]
         if as_json:
-            typer.echo(json.dumps({"context": number, "results": rows}))
+            typer.echo(json.dumps({"context": number, "results": rows, **said}))
             continue
         if not single:
             typer.echo(f"context {number}")
         typer.echo(f"{'row':>9} {'article':>8} {'chunk':>6} {'score':>8}")
         for r in rows:
             typer.echo(f"{r['row']:>9} {r['article']:>8} {r['chunk']:>6} {r['score']:>8.4f}")
+    if stages and not as_json:
+        typer.echo(f"{', '.join(stages)}; {ranked.label}")
 
 
 def print_example(lines: list[tuple[str, str]], width: int = 110) -> None:

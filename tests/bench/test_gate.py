@@ -166,6 +166,7 @@ def run(tmp_path_factory):
         (bench, "RECALLED"): 40,
         (bench, "CHECKED"): 8,
         (bench, "CALLS"): 4,
+        (bench, "RERANKED"): 4,
         (bench, "RIVALS"): (SEEDS, SQ8, USEARCH),
         (forward_cases, "model"): lambda: bench_predictor.model(n_layers=1, d_state=4),
         (forward_rivals, "RIVALS"): forward_rivals.RIVALS[:1],
@@ -182,6 +183,8 @@ def run(tmp_path_factory):
         for n in (2, 1):
             for stage in gate_cases.STAGES:
                 bench.test_calls(Benchmark(), stage=stage, count=n, **given)
+            for name in bench.RERANKERS:
+                bench.test_reranker(Benchmark(), name=name, count=n, **given)
             for clients in gate_cases.CLIENTS:
                 bench.test_load(Benchmark(), clients=clients, count=n, **given)
         bench.test_rounds(Benchmark(), **given)
@@ -267,6 +270,12 @@ def test_a_run_has_every_row_and_says_why_a_rival_has_none(run, monkeypatch):
     text = markdown(record.data())
     assert "| good | 2       | end_to_end_p95_ms | ≤ 2    | 2.000    | met |" in text
     assert "No module named 'usearch'" in text and "1,500 × 768" in text
+    assert [(row["name"], row["threads"], row["uses_keys"]) for row in record.rerankers] == [
+        (name, n, stage.uses_keys) for n in (2, 1) for name, stage in bench.RERANKERS.items()
+    ]
+    row = record.rerankers[0]
+    assert row["stage"]["p50_ms"] + row["inputs"]["p50_ms"] < row["end_to_end"]["p50_ms"]
+    assert "| sequence-bias " in text
     partial = copy.deepcopy(record)
     partial.load_rows.pop()
     assert not partial.complete()

@@ -11,6 +11,7 @@ import pytest
 from cli.conftest import TINY, fastlvm, listing, ok, refused
 from fastlvm import Index, Payload, Predictor, Windows
 from fastlvm.evaluation import latency_gate
+from fastlvm.retrieval.rerank import Mmr
 
 
 def test_payload(made):
@@ -132,6 +133,20 @@ def test_predict_a_batch(made):
     assert sum(line.startswith("context ") for line in ok(*args).splitlines()) == 2
 
 
+def test_predict_reranks_and_says_what_it_cost_and_whether_it_used_keys(made, tmp_path):
+    given = ("predict", made.artifact, "--context", made.context, "-k", 6, "--rerank", "mmr:0.5")
+    predictor, context = Predictor.load(made.artifact), np.load(made.context)
+    lines = ok(*given).splitlines()
+    wanted = predictor.rerank(context, [Mmr(0.5)], 6, exclude="context")
+    assert [int(line.split()[0]) for line in lines[1:7]] == wanted.result.ids.tolist()
+    assert lines[7].startswith("inputs ") and ", mmr 0." in lines[7] and lines[7].endswith("; vectors alone")
+    np.save(tmp_path / "keys.npy", np.array([[3, 7]]))
+    both = (*given, "--rerank", "shard-assist:9", "--candidates", 112, "--keys", tmp_path / "keys.npy", "--json")
+    found = json.loads(ok(*both))
+    assert {row["article"] for row in found["results"]} == {3}
+    assert found["label"].startswith("uses keys") and list(found["ms"]) == ["inputs", "mmr", "shard-assist"]
+
+
 def test_predict_asks_for_more_than_there_is(made):
     for k in (112, 10**20):
         shown = ok("predict", made.artifact, "--context", made.context, "-k", k, "--json")
@@ -156,6 +171,13 @@ def test_bench_latency(made):
     block = next(layer for layer in found["profile"] if layer["layer"] == "mamba_block")
     assert set(block["microseconds"]) == {"elementwise", "in_proj", "x_proj", "scan", "out_proj"}
     assert "profile" not in json.loads(ok(*given, "--json"))
+
+
+def test_bench_latency_with_rerankers(made):
+    given = ("bench", "latency", made.artifact, "--repeats", 5, "--rerank", "mmr:0.7", "--rerank", "shard-assist")
+    stages = json.loads(ok(*given, "--json"))["stages"]
+    assert list(stages) == ["model", "search", "inputs", "mmr", "shard-assist", "total"]
+    assert stages["total"]["p50"] > stages["mmr"]["p50"] > 0
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ SYNOPSIS = {
     "train": "--model --payload --windows --objective --out --resume --set",
     "eval": "--payload --windows --split --out --gates",
     "export": "--index --out --precision",
-    "bench latency": "--context -k --threads --repeats --profile --gate --json",
-    "predict": "--context -k --json --keep-context --threads",
+    "bench latency": "--context -k --threads --repeats --rerank --profile --gate --json",
+    "predict": "--context -k --json --keep-context --rerank --candidates --keys --threads",
     "info": "",
     "demo": "--out",
 }

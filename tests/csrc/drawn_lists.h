@@ -151,7 +151,7 @@ class DrawnLists {
 
   std::vector<float> rotated(int64_t query) {
     Numbers<float> moved(draw_, queries_.data() + query * dim_, dim_);
-    active_kernels().search.rotate({dim_, signs_.data()}, moved.data());
+    active_kernels().search.rotate({dim_, signs_.data(), false}, moved.data());
     return moved.values();
   }
 

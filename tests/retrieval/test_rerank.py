@@ -213,6 +213,14 @@ def test_the_directional_bonus_is_its_weight_ahead_minus_that_behind_and_nothing
     assert still.result.scores.tolist() == [[0] * 5]  # a prediction that is the last chunk has no direction
 
 
+@pytest.mark.parametrize(("off", "score"), [(0.015, 0), (0.03, 0.5)])
+def test_what_an_index_that_rounds_holds_of_the_last_chunk_has_no_direction(off, score):
+    last, ahead = np.array([[3, 0]], np.float32), np.array([[3, 1]], np.float32)
+    vectors = (last + np.array([0, 3 * off]))[:, None].astype(np.float32)
+    got = rerank(one_query([(0, 0)]), [DirectionalBonus(0.5)], 1, vectors=vectors, predicted=ahead, last=last)
+    assert got.result.scores.tolist() == [[score]]
+
+
 @of_each
 def test_equal_candidates_stay_in_the_order_they_had(stage):
     ids = np.random.default_rng(1).permutation(M)

@@ -6,8 +6,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,19 @@ def measure_retrieval(
 
 
 def measure_predictor(
-    predictor: Any, contexts: np.ndarray, k: int, *, warmup: int = 50, repeats: int = 2000, threads: int | None = None
+    predictor: Any,
+    contexts: np.ndarray,
+    k: int,
+    *,
+    stages: Sequence[Any] = (),
+    warmup: int = 50,
+    repeats: int = 2000,
+    threads: int | None = None,
 ) -> Latency:
     """Time a `fastlvm.Predictor` on raw contexts [n, L, dim], one at a time, in turn.
 
-    Stages: model (`predict`), search (the index alone), total (`search`, which is both).
+    Stages: model (`predict`), search (the index alone), total (`search`, which is both). With rerankers `stages` of
+    the k that are found, `rerank` is the total, and what each of them and their inputs took in it stands before it.
     """
     if np.ndim(contexts) != 3 or len(contexts) == 0:
         raise InputError(f"contexts has shape {list(np.shape(contexts))}, and [n, L, dim] with n ≥ 1 is wanted")
@@ -123,12 +131,27 @@ def measure_predictor(
     def context(i: int) -> np.ndarray:
         return contexts[i % len(contexts)]
 
+    costs: list[dict[str, float]] = []
+
+    def whole(i: int) -> None:
+        if not stages:
+            predictor.search(context(i), k)
+            return
+        took: dict[str, float] = {}
+        for cost in predictor.rerank(context(i), stages, k, candidates=k).stages:
+            took[cost.name] = took.get(cost.name, 0) + cost.ms
+        costs.append(took)
+
     calls = {
         "model": lambda i: predictor.predict(context(i)),
         "search": lambda i: predictor.index.search(predicted[i % len(predicted)][None], k),
-        "total": lambda i: predictor.search(context(i), k),
+        "total": whole,
     }
-    return measure(calls, warmup=warmup, repeats=repeats, threads=threads)
+    timed = measure(calls, warmup=warmup, repeats=repeats, threads=threads)
+    total = timed.stages["total"]
+    within = {name: Stage.of(np.array([took[name] for took in costs[warmup:]]) / 1e3) for name in (costs or [{}])[0]}
+    alone = {name: stage for name, stage in timed.stages.items() if name != "total"}
+    return replace(timed, stages={**alone, **within, "total": total})
 
 
 def machine() -> str:

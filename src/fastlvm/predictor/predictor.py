@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,9 @@ from fastlvm.predictor import artifact
 from fastlvm.predictor.forward import into_space
 from fastlvm.predictor.stream import Stream
 from fastlvm.retrieval import Index
-from fastlvm.retrieval.index import MOST_THREADS
+from fastlvm.retrieval.checks import checked_k
+from fastlvm.retrieval.index import MOST_THREADS, SearchResult
+from fastlvm.retrieval.rerank import Cost, Reranked, Stage, checked_stages, rerank
 from fastlvm.retrieval.searcher import Own
 
 MATCH = 1 - 1e-4  # least inner product of a context vector with its own payload row: float16 rounding, whitened
@@ -80,13 +85,71 @@ class Predictor:
         Raises InputError for a wrong context, k or exclude.
         """
         raw, single = self._checked(context)
+        result = self._search(raw, k, exclude)
+        return Found(*(part[0] for part in result)) if single else Found(*result)
+
+    def _search(
+        self, raw: np.ndarray, k: int, exclude: np.ndarray | str | None, predicted: np.ndarray | None = None
+    ) -> SearchResult:
         own = None
         if isinstance(exclude, str):
             if exclude != "context":
                 raise InputError(f'exclude is {exclude!r}, and payload rows, "context" or None is wanted')
             exclude, own = None, self._own
-        result = self.index.predict(self._forward.model, raw, k, exclude, self._forward.threads, own)
-        return Found(*(part[0] for part in result)) if single else Found(*result)
+        return self.index.predict(self._forward.model, raw, k, exclude, self._forward.threads, own, predicted)
+
+    def rerank(
+        self,
+        context: np.ndarray,
+        stages: Sequence[Stage],
+        k: int = 10,
+        *,
+        candidates: int = 50,
+        exclude: np.ndarray | str | None = None,
+        key: np.ndarray | None = None,
+    ) -> Reranked:
+        """What `search` finds, put in another order: the k best of `candidates` rows after all stages.
+
+        context and exclude: as `search` takes them. stages: of `fastlvm.retrieval.rerank`, such as `parse("mmr:0.7")`.
+        key: integers [n, 2], or [2] for a single context, (article, chunk) of each context's last vector, -1 = not
+        known; None: that of the row that this vector is, searched for where a stage needs it.
+
+        For a single context the result is without the n. Its `stages` begin with "inputs": fetching the candidates'
+        vectors, which are `Index.vectors`, and finding the keys. Raises InputError as `search` and
+        `fastlvm.retrieval.rerank.rerank` do, and for k > candidates.
+        """
+        raw, single = self._checked(context)
+        checked_stages(stages)
+        if checked_k(k) > checked_k(candidates, "candidates"):
+            raise InputError(f"k is {k} and candidates {candidates}: ask for as many candidates as results, or more")
+        predicted = np.empty((len(raw), self.dim), np.float32)
+        result = self._search(raw, candidates, exclude, predicted)
+        start = time.perf_counter()
+        needs = {need for stage in stages for need in stage.needs}
+        given = {
+            "vectors": self.index.vectors(result.ids) if "vectors" in needs else None,
+            "predicted": predicted,
+            "last": self._moved(raw[:, -1]) if "last" in needs else None,
+            "key": self._key(raw, key, single) if "key" in needs else None,
+        }
+        inputs = Cost("inputs", False, 1e3 * (time.perf_counter() - start))
+        ranked = rerank(result, stages, k, **given)
+        found = SearchResult(*(part[0] for part in ranked.result)) if single else ranked.result
+        return replace(ranked, result=found, stages=(inputs, *ranked.stages))
+
+    def _moved(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors of contexts [n, dim] in the index's space."""
+        moved = np.empty((len(vectors), self._own.into_space.out_dim), np.float32)
+        self._own.into_space.run(np.ascontiguousarray(vectors[:, None]), moved, self._forward.threads)
+        return moved
+
+    def _key(self, raw: np.ndarray, given: np.ndarray | None, single: bool) -> np.ndarray:
+        """integers [n, 2] of the contexts' last vectors, as given or of the rows that they are"""
+        if given is not None:
+            return np.asarray(given)[None] if single else np.asarray(given)
+        found = self.index.search(self._moved(raw[:, -1]), 1)
+        same = found.scores >= self._own.score - self.index.score_error
+        return np.where(same, found.keys[:, 0], -1)
 
     def stream(self, state: str | os.PathLike[str] | None = None) -> Stream:
         """A `Stream`: one vector at a time, its state kept. It starts at zero or from a file that `Stream.save` wrote.

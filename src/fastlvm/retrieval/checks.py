@@ -24,10 +24,20 @@ def checked_queries(queries: Any, dim: int) -> np.ndarray:
     return array
 
 
-def checked_k(k: Any) -> int:
+def checked_k(k: Any, name: str = "k") -> int:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k is {k!r}, and an integer ≥ 1 is wanted")
+        raise InputError(f"{name} is {k!r}, and an integer ≥ 1 is wanted")
     return int(k)
+
+
+def checked_rows(given: Any, name: str, total: int) -> np.ndarray:
+    """Ids of rows, -1 = none: int64."""
+    array = np.asarray(given)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} is {array.dtype}, and integer ids of rows are wanted")
+    if array.size and (array.min() < -1 or array.max() >= total):
+        raise InputError(f"{name} spans {array.min()} to {array.max()}: wanted are rows -1 to {total - 1}")
+    return array.astype(np.int64)
 
 
 def checked_given(queries: Any, dim: int) -> np.ndarray:

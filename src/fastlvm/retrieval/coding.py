@@ -20,6 +20,13 @@ def rotated(rows: np.ndarray, signs: np.ndarray) -> np.ndarray:
     return moved
 
 
+def turned_back(rows: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """The inverse of `rotated`."""
+    moved = np.array(rows, np.float32, order="C")
+    _C.rotate(signs, moved, back=True)
+    return moved
+
+
 def quantised(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 [n, dim] and the float32 [n] that a step of 1 is worth: the largest component becomes 127."""
     most = np.abs(rows).max(axis=1, initial=0)

@@ -63,6 +63,16 @@ class _Faiss(Searcher):
         except RuntimeError as error:  # which is how FAISS says that the disk is full
             raise OSError(errno.EIO, "FAISS could not write its index") from error
 
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        with self._lock:
+            return self._held(ids)
+
+    def _held(self, ids: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(ids), self._index.d), np.float32)
+        there = ids < self._index.ntotal
+        found[there] = self._index.reconstruct_batch(ids[there])
+        return found
+
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             without = self._without
@@ -150,6 +160,23 @@ class _Lists(_Faiss):
         for _, block in vectors.blocks():
             index.add(block)
         return cls(index)
+
+    def save(self, folder: Path) -> None:
+        with self._lock.alone():
+            self._map(blas.faiss.DirectMap.NoMap)  # a file is the same whether vectors were asked for or not
+        super().save(folder)
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        while True:
+            with self._lock:
+                if self._index.direct_map.type == blas.faiss.DirectMap.Array:  # it knows where each id is
+                    return self._held(ids)
+            with self._lock.alone():
+                self._map(blas.faiss.DirectMap.Array)
+
+    def _map(self, kind: int) -> None:
+        if self._index.direct_map.type != kind:
+            self._index.set_direct_map_type(kind)
 
     @property
     def setting(self) -> int | None:

@@ -234,6 +234,18 @@ class Index:
         excluded = self._checked_exclude(exclude, len(queries))
         return self._pack(k, lambda most: self._searcher.search(queries, most, excluded))
 
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of rows in the index's space, float32 [..., dim]; zeros where no such row is there.
+
+        ids: integers [...], as a search finds them, -1 = none. A row's vector is that of its duplicate group, as the
+        kind holds it: of one byte a component for ivf_sq8 and ivf_rabitq. Raises InputError for other ids.
+        """
+        wanted = checks.checked_rows(ids, "ids", self.total)
+        there = self._rows.there(wanted)
+        found = np.zeros((*wanted.shape, self.dim), np.float32)
+        found[there] = self._searcher.vectors(self._rows.numbers(wanted[there]))
+        return found
+
     def predict(
         self,
         model: _C.Model,
@@ -242,15 +254,18 @@ class Index:
         exclude: np.ndarray | None = None,
         threads: int = 0,
         own: Own | None = None,
+        predicted: np.ndarray | None = None,
     ) -> SearchResult:
         """`search` for what a native model makes of contexts; in one call without the GIL where the kind can.
 
         context: float32 [n, positions, dim], as the model takes it. threads: of the model and of our own scan, 0 = as
         many as all kernels use; FAISS has its own number. own: leave out a context's own rows, instead of `exclude`.
+        predicted: float32 [n, dim], where predictions are to be left.
         """
         k = checks.checked_k(k)
         excluded = self._checked_exclude(exclude, len(context))
-        return self._pack(k, lambda most: self._searcher.predict(model, context, most, excluded, threads, own))
+        left = np.empty((len(context), model.out_dim), np.float32) if predicted is None else predicted
+        return self._pack(k, lambda most: self._searcher.predict(model, context, left, most, excluded, threads, own))
 
     def _pack(self, k: int, search: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> SearchResult:
         """The searcher's result over rows, padded to k. search: for so many, at most those that the searcher has."""
@@ -274,15 +289,9 @@ class Index:
         """The searcher's ids of the groups to leave out, int64 [n, m]; -1 = none."""
         if exclude is None:
             return None
-        array = np.asarray(exclude)
-        if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"exclude is {array.dtype}, and integer ids of rows are wanted")
+        array = checks.checked_rows(exclude, "exclude", self.total)
         if array.ndim not in (1, 2) or (array.ndim == 2 and len(array) != n):
             raise InputError(f"exclude has shape {list(array.shape)}, and [{n}, m] or [m] is wanted")
-        array = array.astype(np.int64)
-        total = self.total
-        if array.size and (array.min() < -1 or array.max() >= total):
-            raise InputError(f"exclude spans {array.min()} to {array.max()}: wanted are rows -1 to {total - 1}")
         if array.shape[-1] == 0:
             return None
         ids = np.where(array >= 0, self._rows.numbers(np.maximum(array, 0)), -1)

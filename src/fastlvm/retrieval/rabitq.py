@@ -25,7 +25,18 @@ from fastlvm import _C
 from fastlvm.data.npz import map_array
 from fastlvm.errors import IntegrityError
 from fastlvm.retrieval import faiss_file
-from fastlvm.retrieval.coding import ROWS, Coded, Coder, Places, factors_of, layers, quantised, rotated, unpacked
+from fastlvm.retrieval.coding import (
+    ROWS,
+    Coded,
+    Coder,
+    Places,
+    factors_of,
+    layers,
+    quantised,
+    rotated,
+    turned_back,
+    unpacked,
+)
 from fastlvm.retrieval.faiss_kinds import centroids as trained
 from fastlvm.retrieval.searcher import NEIGHBOURS, Own, Searcher, Shape
 from fastlvm.retrieval.vectors import Vectors
@@ -81,7 +92,9 @@ class IvfRabitq(Searcher):
         """count: ids given to rows so far; None: there is one for each row."""
         self.setting: int | None = nprobe
         self._state = _State.of(parts, len(parts["ids"]) if count is None else count)
-        self._position: np.ndarray | None = None  # by id, of rows in lists; once it is needed
+        self._held: tuple[dict[str, np.ndarray], np.ndarray] | None = (
+            None  # what `_positions` found, and in which parts
+        )
 
     @property
     def _parts(self) -> dict[str, np.ndarray]:
@@ -134,6 +147,7 @@ class IvfRabitq(Searcher):
         self,
         model: _C.Model,
         context: np.ndarray,
+        predicted: np.ndarray,
         k: int,
         exclude: np.ndarray | None,
         threads: int,
@@ -142,7 +156,6 @@ class IvfRabitq(Searcher):
         """In one call without the GIL. Own rows are looked for among the k best, and not in a search of their own."""
         n = len(context)
         scores, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-        predicted = np.empty((n, model.out_dim), np.float32)
         state, candidates = self._state, CANDIDATES * k
         state.native.predict(
             model,
@@ -185,18 +198,37 @@ class IvfRabitq(Searcher):
         both = zip(unpacked(parts), coded.where(there), strict=True)
         packed = Coded(*(np.concatenate(each) for each in both)).packed(len(parts["sizes"]))
         self._state = _State.of({**parts, **packed}, state.tail.first + len(fresh))
-        self._position = None
 
     def remove(self, ids: np.ndarray) -> None:
         state = self._state
         late = ids[ids >= state.tail.first] - state.tail.first
         state.tail.scales[late] = np.nan
-        if self._position is None:
-            self._position = np.full(state.tail.first, -1, np.int32)
-            self._position[state.parts["ids"]] = np.arange(len(state.parts["ids"]))
-        positions = self._position[ids[ids < state.tail.first]]
+        positions = self._positions(state)[ids[ids < state.tail.first]]
         slots = Places(state.parts["sizes"]).slots(positions[positions >= 0].astype(np.int64))
         factors_of(state.parts["blocks"])[slots // ROWS, slots % ROWS] = np.nan
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        state = self._state
+        found = np.zeros((len(ids), state.parts["codes"].shape[1]), np.float32)
+        late = ids - state.tail.first
+        positions = self._positions(state)[np.where(late < 0, ids, 0)]
+        sources = (
+            ((late < 0) & (positions >= 0), positions, state.parts["codes"], state.parts["scales"]),
+            ((late >= 0) & (late < state.filled), late, state.tail.codes, state.tail.scales),
+        )
+        for there, places, codes, scales in sources:
+            rows = places[there]
+            found[there] = codes[rows] * np.nan_to_num(scales[rows])[:, None]  # NaN where one has just been removed
+        return turned_back(found, state.parts["signs"])
+
+    def _positions(self, state: _State) -> np.ndarray:
+        """Of rows in lists, int32 by id; -1 for one that was dropped. Made when it is first needed."""
+        held = self._held
+        if held is None or held[0] is not state.parts:
+            held = state.parts, np.full(max(1, state.tail.first), -1, np.int32)
+            held[1][state.parts["ids"]] = np.arange(len(state.parts["ids"]))
+            self._held = held
+        return held[1]
 
     @property
     def bounds(self) -> tuple[int, int]:

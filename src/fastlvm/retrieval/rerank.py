@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlvm.errors import InputError, shown
+from fastlvm.retrieval.checks import checked_k
 from fastlvm.retrieval.index import SearchResult
 from fastlvm.retrieval.stages import (
     LARGEST,
@@ -80,9 +81,9 @@ class Reranked:
         return USES_KEYS if self.uses_keys else VECTORS_ALONE
 
     def __repr__(self) -> str:
-        n, k = self.result.ids.shape
+        shape = " × ".join(map(str, self.result.ids.shape))
         took = ", ".join(f"{stage.name} {stage.ms:.3g} ms" for stage in self.stages) or "no stage"
-        return f"Reranked({n} × {k}; {took}; {self.label})"
+        return f"Reranked({shape}; {took}; {self.label})"
 
 
 def rerank(
@@ -109,9 +110,8 @@ def rerank(
     Raises InputError for what is missing, has another shape or type, is not finite, or for vectors longer than 1e15.
     """
     ids, scores, keys = _checked_result(result)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k is {shown(k)}, and an integer ≥ 1 is wanted")
-    _check_stages(stages)
+    k = checked_k(k)
+    checked_stages(stages)
     offered = {"vectors": vectors, "predicted": predicted, "last": last, "key": key}
     needed = _checked_needs(stages, offered, ids >= 0)
 
@@ -121,12 +121,12 @@ def rerank(
     for turn, stage in enumerate(stages, 1):
         start = time.perf_counter()
         seen = _seen(stage, scores, place, keys, needed)
-        order, scores = stage.run(seen, int(k) if turn == len(stages) else ids.shape[1])
+        order, scores = stage.run(seen, k if turn == len(stages) else ids.shape[1])
         place = np.take_along_axis(place, order, axis=1)
         costs.append(Cost(stage.name, stage.uses_keys, 1e3 * (time.perf_counter() - start)))
 
     best = np.take_along_axis(ids, place, axis=1), scores, np.take_along_axis(keys, place[..., None], axis=1)
-    return Reranked(_padded(best, int(k)), tuple(costs))
+    return Reranked(_padded(best, k), tuple(costs))
 
 
 def _padded(best: tuple[np.ndarray, np.ndarray, np.ndarray], k: int) -> SearchResult:
@@ -190,7 +190,8 @@ def _repeated(ids: np.ndarray) -> np.ndarray:
     return again
 
 
-def _check_stages(stages: Any) -> None:
+def checked_stages(stages: Any) -> None:
+    """Raises InputError unless it is a list of rerankers."""
     choices = f"parse('mmr:0.7') makes one of {', '.join(RERANKERS)}"
     if not isinstance(stages, (list, tuple)):
         raise InputError(f"stages is a {type(stages).__name__}, and a list of rerankers is wanted: {choices}")

@@ -90,6 +90,10 @@ class Rows:
             rows[i] = self._added.get(code, rows[i])
         return rows
 
+    def there(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each of ids int64 from -1 to total - 1 is a row that is there: bool of their shape."""
+        return (ids >= 0) & ~self._gone.view[ids]
+
     def has(self, ids: np.ndarray) -> bool:
         """Whether each of ids int64 [m] is a row that is there, and none comes twice."""
         inside = len(ids) == 0 or (ids.min() >= 0 and ids.max() < self.total)

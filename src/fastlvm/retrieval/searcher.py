@@ -98,10 +98,18 @@ class Searcher(Protocol):
         """Never find ids int64 [m] again, of which none was removed before; their numbers stay taken."""
         ...
 
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors float32 [m, dim] of ids int64 [m] as they are held, rounded perhaps; zeros for one that is not there.
+
+        One that was removed may be there or not.
+        """
+        ...
+
     def predict(
         self,
         model: _C.Model,
         context: np.ndarray,
+        predicted: np.ndarray,
         k: int,
         exclude: np.ndarray | None,
         threads: int,
@@ -109,11 +117,11 @@ class Searcher(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search` for what a model makes of contexts float32 [n, positions, dim]; threads: of what is our own.
 
-        own: leave out what a context's vectors are, instead of `exclude`.
+        predicted: float32 [n, dim] that the model's predictions are written to. own: leave out what a context's
+        vectors are, instead of `exclude`.
         """
         if own is not None:
             exclude = self._own_rows(own, context, threads)
-        predicted = np.empty((len(context), model.out_dim), np.float32)
         model.run(context, predicted, threads)
         return self.search(predicted, k, exclude)
 

@@ -11,6 +11,9 @@ import numpy as np
 
 from fastlvm.errors import InputError, shown
 
+NEAR = 0.02
+"""A vector this near to another, of its length, is the same: in an index of a byte a component one is 0.01 off."""
+
 LARGEST = 1e15
 """Greatest weight, and greatest length of a vector: what is made of them stays finite in float32."""
 
@@ -120,10 +123,10 @@ class Mmr(Stage):
 class DirectionalBonus(Stage):
     """More for candidates that lie from the last chunk where the prediction lies from it.
 
-    s(i) + weight · cos(v(i) - last, predicted - last), of vectors of the index's space; the cosine is 0 where one of
-    the differences is zero. It is no evidence of a model's sense of direction: predictions that shrink towards the
-    context are nearer to the last chunk than to the next. Takes about 3·m·dim multiplications a query and a copy of the
-    vectors.
+    s(i) + weight · cos(v(i) - last, predicted - last), of vectors of the index's space; the cosine is 0 where a
+    difference is that of a vector to itself, or to what an index that rounds holds of it (NEAR). It is no evidence of a
+    model's sense of direction: predictions that shrink towards the context are nearer to the last chunk than to the
+    next. Takes about 3·m·dim multiplications a query and a copy of the vectors.
     """
 
     name: ClassVar[str] = "directional-bonus"
@@ -140,8 +143,10 @@ class DirectionalBonus(Stage):
         ahead = predicted - last  # [n, dim]
         apart = vectors - last[:, None]  # [n, m, dim]; of ⟨v, v⟩ - 2⟨v, last⟩ + ⟨last, last⟩ rounding leaves little
         products = np.matmul(apart, ahead[:, :, None])[:, :, 0]
+        near = np.float32(NEAR) * lengths(last)
+        far = (lengths(apart) > near[:, None]) & (lengths(ahead) > near)[:, None]
         both = lengths(apart) * lengths(ahead)[:, None]
-        cosines = np.divide(products, both, out=np.zeros_like(products), where=both > 0)
+        cosines = np.divide(products, both, out=np.zeros_like(products), where=far & (both > 0))
         return _best(candidates.scores + np.float32(self.weight) * cosines, wanted)
 
 
