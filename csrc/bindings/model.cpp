@@ -174,9 +174,9 @@ void add_layer(Builder& builder, const std::string& kind, py::handle fields, std
     const int64_t count = f.number("context"), dim = f.number("dim");
     return builder.positions(f.floats("table", {count, dim}), count, dim);
   }
-  if (kind == "recency_mixture") {
+  if (kind == "recency_mixture" || kind == "mixture") {
     const VectorSource logits = f.vector("logits");
-    return builder.recency_mixture(logits.data, logits.size);
+    return builder.recency_mixture(logits.data, logits.size, kind == "mixture");
   }
   if (kind == "context_attention") return builder.context_attention(f.matrix("query"), f.matrix("key"));
   if (kind == "residual") {

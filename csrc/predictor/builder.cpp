@@ -281,12 +281,13 @@ void Builder::context() {
   add(LayerKind::context);
 }
 
-void Builder::recency_mixture(const float* logits, int64_t count) {
-  if (sequence_ || dim_ != context_dim_ || count != context_positions_)
+void Builder::recency_mixture(const float* logits, int64_t count, bool alone) {
+  if (sequence_ != alone || dim_ != context_dim_ || count != context_positions_)
     fail("adds " + std::to_string(count) + " vectors of the context to one such vector: the shapes differ");
   const float* const to = vector(logits, count);
-  levels_.back().push_back(
-      {LayerKind::recency_mixture, to, dim_, state_size_, context_positions_ * padded(context_dim_)});
+  sequence_ = false;
+  levels_.back().push_back({alone ? LayerKind::mixture : LayerKind::recency_mixture, to, dim_, state_size_,
+                            context_positions_ * padded(context_dim_)});
   state_size_ += context_positions_ * padded(context_dim_);
 }
 

@@ -125,6 +125,10 @@ class Pass {
         return copy(context_.data, s.now.data, s.now.count * s.now.stride());
       case LayerKind::recency_mixture:
         return recency_mixture(run_, s, &of<float>(layer), context_, state);
+      case LayerKind::mixture:
+        keep_newest(s);
+        fill_zero(s.now.data, s.now.count * s.now.stride());
+        return recency_mixture(run_, s, &of<float>(layer), context_, state);
       case LayerKind::context_attention:
         return context_attention(run_, s, of<ContextAttention>(layer));
       case LayerKind::l2_norm:

@@ -74,7 +74,7 @@ class Builder {
   void begin_residual();
   void end_residual();
   void context();
-  void recency_mixture(const float* logits, int64_t count);
+  void recency_mixture(const float* logits, int64_t count, bool alone);
   void context_attention(const MatrixSource& query, const MatrixSource& key);
   void l2_norm();
 

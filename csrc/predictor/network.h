@@ -114,6 +114,7 @@ enum class LayerKind : uint8_t {
   residual,           // Network: h + layers(h)
   context,            // nothing: the stream as it is here is what the mixture mixes
   recency_mixture,    // const float [context]: h + Σ softmax(logits)ₜ contextₜ
+  mixture,            // const float [context]: Σ softmax(logits)ₜ contextₜ alone
   context_attention,  // ContextAttention
   l2_norm,            // nothing
 };

@@ -194,7 +194,9 @@ static void refusals() {
   refuses("a branch that leaves one vector", [](Builder& b) { b.begin_residual(), b.last(), b.end_residual(); });
   refuses("vectors of another width", [&](Builder& b) { b.linear(wide), b.linear(wide), b.last(); });
   refuses("too few positions", [&](Builder& b) { b.positions(numbers.data(), 2, 2), b.last(); });
-  refuses("a mixture of other vectors", [&](Builder& b) { b.last(), b.recency_mixture(numbers.data(), 4); });
+  refuses("a mixture of other vectors", [&](Builder& b) { b.last(), b.recency_mixture(numbers.data(), 4, false); });
+  refuses("a mixture alone of one vector", [&](Builder& b) { b.last(), b.recency_mixture(numbers.data(), 3, true); });
+  refuses("a mixture added to a sequence", [&](Builder& b) { b.recency_mixture(numbers.data(), 3, false); });
   refuses("two ends of the sequence", [](Builder& b) { b.last(), b.last(); });
   refuses("heads that do not divide", [](Builder& b) { b.attention(2, 1), b.last(); });
 }

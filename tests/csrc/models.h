@@ -203,15 +203,15 @@ class RandomModel {
     add([=](Builder& b) { b.positions(table, count, dim); });
   }
 
-  void recency_mixture() {
+  void mixture(bool alone) {
     widen_to(dim_);
     const float* const logits = weights_.floats(positions_, 0, 1);
     const std::vector<float> own(logits, logits + positions_);
-    steps_.push_back([own](Builder& b, int64_t positions) {
+    steps_.push_back([own, alone](Builder& b, int64_t positions) {
       std::vector<float> newest(static_cast<size_t>(positions), -1e30f);  // of no weight
       for (size_t back = 0; back < std::min(own.size(), newest.size()); ++back)
         newest[newest.size() - 1 - back] = own[own.size() - 1 - back];
-      b.recency_mixture(newest.data(), positions);
+      b.recency_mixture(newest.data(), positions, alone);
     });
   }
 
@@ -264,9 +264,10 @@ class RandomModel {
   }
 
   void end_of_sequence() {
-    enum { last, last_of_mamba, attended };
-    const int64_t end = draw_.pick("end of the sequence", {last, last_of_mamba, last_of_mamba, attended});
+    enum { last, last_of_mamba, attended, mixed };
+    const int64_t end = draw_.pick("end of the sequence", {last, last_of_mamba, last_of_mamba, attended, mixed});
     if (end == attended) return context_attention();
+    if (end == mixed) return mixture(true);
     if (end == last_of_mamba) mamba();
     add([](Builder& b) { b.last(); });
   }
@@ -283,7 +284,7 @@ class RandomModel {
       case l2:
         return l2_norm();
       case mix:
-        return recency_mixture();
+        return mixture(false);
       case res:
         return depth < 2 ? residual(depth, [this](int deeper) { vector_layer(deeper); }) : norm();
     }

@@ -228,6 +228,10 @@ def _recency_mixture(layer, w, h, context):
     return h + torch.einsum("l,nld->nd", shares, context)
 
 
+def _mixture(layer, w, h, context):
+    return _recency_mixture(layer, w, 0, context)
+
+
 _TWINS = {
     layers.Linear: _linear,
     layers.RmsNorm: _rms_norm,
@@ -243,6 +247,7 @@ _TWINS = {
     layers.Residual: _residual,
     layers.Last: lambda layer, w, h, context: h[:, -1],
     layers.RecencyMixture: _recency_mixture,
+    layers.Mixture: _mixture,
     layers.L2Norm: lambda layer, w, h, context: F.normalize(h, dim=-1),
 }
 

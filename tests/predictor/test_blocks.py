@@ -111,6 +111,10 @@ ENDS = {
     "context_attention, 40 vectors": Case(
         [mamba(), {"type": "context_attention", "prefix": "c", "dim": 17, "inner": 1}, linear("l", 34, 17)], context=40
     ),
+    "mixture": Case([{"type": "mixture", "prefix": "x", "context": 5}]),
+    "mixture after other layers": Case(
+        [linear("l", 17, 17), {"type": "mixture", "prefix": "x", "context": 9}, L2_NORM], context=9
+    ),
     "recency_mixture": Case([LAST, linear("l", 17, 17), {"type": "recency_mixture", "prefix": "x", "context": 5}]),
     "recency_mixture of one": Case([LAST, {"type": "recency_mixture", "prefix": "x", "context": 1}], context=1),
     "recency_mixture after other layers": Case(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastlvm.models.config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from fastlvm.models.base import Model
 
 __all__ = ["ModelConfig", "create", "names"]
 
@@ -18,7 +18,7 @@ def names() -> list[str]:
     return sorted(PRESETS)
 
 
-def create(name: str | ModelConfig, **overrides: Any) -> nn.Module:
+def create(name: str | ModelConfig, **overrides: Any) -> Model:
     """Build a predictor, untrained: `[B, L, vector_dim] -> [B, vector_dim]`, L2-normalised, with its `.config`.
 
     `overrides` are fields of `ModelConfig`. Weights are drawn from torch's global generator: seed it for repeatable
@@ -26,4 +26,5 @@ def create(name: str | ModelConfig, **overrides: Any) -> nn.Module:
     """
     config = name.replace(**overrides) if isinstance(name, ModelConfig) else ModelConfig.preset(name, **overrides)
     module, _, cls = PRESETS[config.name][0].partition(":")
-    return getattr(importlib.import_module(module), cls)(config)
+    model: Model = getattr(importlib.import_module(module), cls)(config)
+    return model

@@ -1,17 +1,37 @@
-"""Building blocks shared by the model families. Every tensor here is channel-last unless a comment says otherwise."""
+"""The blocks that models are stacks of: causal, pre-norm, without the residual connection around them.
+
+Every tensor here is channel-last unless a comment says otherwise.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlvm.models.config import ModelConfig
-from fastlvm.ops import causal_conv1d, ssm_scan
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+Entry = dict[str, Any]  # a layer as an artifact lists it
+
+
+class Block(nn.Module):
+    """A branch h [B, L, d_model] → [B, L, d_model] that is added to h; a position sees those up to itself."""
+
+    def start(self, batch: int) -> list[Tensor]:
+        """The state before the first position, zeros; `step` changes it."""
+        return []
+
+    def step(self, h: Tensor, state: list[Tensor]) -> Tensor:
+        """`forward` of one position h [B, d_model] that follows those which `state` has seen."""
+        out: Tensor = self(h[:, None])
+        return out[:, 0]
+
+    def describe(self, prefix: str) -> list[Entry]:
+        """The layers that add this branch, its weights' names beginning with `prefix`."""
+        raise NotImplementedError
 
 
 class RMSNorm(nn.Module):
@@ -27,65 +47,84 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
 
-
-class CausalConv(nn.Module):
-    """Weights of a depthwise causal convolution; `forward` takes and gives channel-first [B, D, L], SiLU included."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(width)  # nn.Conv1d's own start for one input channel per group
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_conv1d(x, self.weight, self.bias, activation="silu")
+    def describe(self, prefix: str) -> Entry:
+        return {"type": "rms_norm", "prefix": prefix, "dim": len(self.weight), "eps": float(self.eps)}
 
 
-class MambaBlock(nn.Module):
-    """Pre-norm selective state-space block (Gu & Dao 2023), without the residual connection around it.
-
-    norm → in_proj → causal convolution, SiLU → (δ, B, C) from the input, δ of low rank → scan, D skip, SiLU gate
-    → out_proj.
-    """
+class LocalAttention(Block):
+    """Multi-head attention of a position to the `window` newest up to itself: norm → q, k, v → softmax → out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d_inner, d_state = config.d_inner, config.d_state
-        assert config.dt_rank is not None  # resolved by ModelConfig
-        self.split = [config.dt_rank, d_state, d_state]
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv = CausalConv(d_inner, config.d_conv)
-        self.x_proj = nn.Linear(d_inner, sum(self.split), bias=False)
-        self.dt_proj = nn.Linear(config.dt_rank, d_inner)
-        states = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))  # [d_inner, d_state], S4D-real
-        self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
-        with torch.no_grad():
-            bound = config.dt_rank**-0.5
-            self.dt_proj.weight.uniform_(-bound, bound)
-            # softplus(bias) is log-uniform in [DT_MIN, DT_MAX]
-            log_dt = torch.empty(d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))
-            dt = log_dt.exp().clamp(min=DT_FLOOR)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-            self.out_proj.weight.div_(math.sqrt(config.n_layers))  # keeps the residual stream's variance
+        dim = config.d_model
+        self.heads, self.window = config.heads, config.window or config.context
+        self.norm = RMSNorm(dim, config.norm_eps)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        quieter(self.out, config)
 
     def forward(self, h: Tensor) -> Tensor:
-        xz = self.in_proj(self.norm(h)).transpose(1, 2)  # [B, 2·d_inner, L], a view
-        x, z = xz.chunk(2, dim=1)  # [B, d_inner, L] each
-        x = self.conv(x)
-        dt, B, C = self.x_proj(x.transpose(1, 2)).split(self.split, dim=-1)  # [B, L, dt_rank | d_state | d_state]
-        delta = F.linear(dt, self.dt_proj.weight).transpose(1, 2)  # [B, d_inner, L]; its bias enters inside the scan
-        y = ssm_scan(
-            x,
-            delta,
-            -torch.exp(self.A_log.float()),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            self.D.float(),
-            z,
-            self.dt_proj.bias.float(),
-            delta_softplus=True,
-        )  # [B, d_inner, L]
-        return self.out_proj(y.transpose(1, 2))
+        q, k, v = (self._apart(part) for part in self.qkv(self.norm(h)).chunk(3, dim=-1))
+        position = torch.arange(h.shape[1], device=h.device)
+        ago = position[:, None] - position
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=(ago >= 0) & (ago < self.window))
+        return self._out(mixed)
+
+    def start(self, batch: int) -> list[Tensor]:
+        weight = self.out.weight
+        return [weight.new_zeros(batch, 0, weight.shape[0]) for _ in range(2)]  # keys and values that were seen
+
+    def step(self, h: Tensor, state: list[Tensor]) -> Tensor:
+        q, *fresh = self.qkv(self.norm(h[:, None])).chunk(3, dim=-1)
+        for i, part in enumerate(fresh):
+            state[i] = torch.cat([state[i], part], dim=1)[:, -self.window :]
+        q, k, v = (self._apart(part) for part in (q, *state))
+        return self._out(F.scaled_dot_product_attention(q, k, v))[:, 0]
+
+    def _apart(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d_model / heads]
+
+    def _out(self, mixed: Tensor) -> Tensor:
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+    def describe(self, prefix: str) -> list[Entry]:
+        dim = self.out.weight.shape[0]
+        mix = {"type": "attention", "dim": dim, "heads": self.heads, "window": self.window}
+        qkv, out = linear(self.qkv, f"{prefix}.qkv"), linear(self.out, f"{prefix}.out")
+        return residual(self.norm.describe(f"{prefix}.norm"), qkv, mix, out)
+
+
+class FeedForward(Block):
+    """norm → d_ff → GELU → d_model, at every position by itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+        quieter(self.down, config)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(self.norm(h))))
+        return out
+
+    def describe(self, prefix: str) -> list[Entry]:
+        up, down = linear(self.up, f"{prefix}.up"), linear(self.down, f"{prefix}.down")
+        return residual(self.norm.describe(f"{prefix}.norm"), up, {"type": "gelu"}, down)
+
+
+def quieter(out: nn.Linear, config: ModelConfig) -> None:
+    """Scale a branch's last weights so that the residual stream keeps its variance however many branches there are."""
+    with torch.no_grad():
+        out.weight.div_(math.sqrt(config.n_layers))
+
+
+def linear(layer: nn.Linear, prefix: str) -> Entry:
+    """A linear layer's entry in a layer list."""
+    sizes = {"inputs": layer.in_features, "outputs": layer.out_features, "bias": layer.bias is not None}
+    return {"type": "linear", "prefix": prefix, **sizes}
+
+
+def residual(*entries: Entry) -> list[Entry]:
+    return [{"type": "residual", "layers": list(entries)}]

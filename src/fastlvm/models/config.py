@@ -9,10 +9,28 @@ from typing import Any
 
 from fastlvm.errors import InputError
 
+STACK = "fastlvm.models.stack:Stack"
+
 # name -> (module:class that builds it, the fields in which it differs from ModelConfig's defaults)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mamba-s": ("fastlvm.models.mamba:MambaPredictor", {}),
+    "mixture": ("fastlvm.models.mixture:Mixture", {}),
+    "mamba-s": (STACK, {}),
+    "mamba-h": (STACK, {"n_layers": 10, "layout": "mamba mamba mamba attention"}),
+    "mamba-xl": (STACK, {"d_model": 960, "n_layers": 12, "d_state": 160, "expand": 3}),
+    "mamba-sandwich": (STACK, {"n_layers": 12, "layout": "attention*2 mamba*8 attention*2"}),
+    "mamba-gr": (STACK, {"layout": "mamba+gate", "d_state": 144}),
+    "mamba2": (STACK, {"d_model": 512, "n_layers": 4, "layout": "mamba2"}),
+    "transformer": (
+        STACK,
+        {"d_model": 512, "n_layers": 4, "layout": "attention+mlp", "heads": 8, "window": None, "positions": True},
+    ),
+    "gru": (STACK, {"d_model": 512, "n_layers": 4, "layout": "gru"}),
+    "lstm": (STACK, {"d_model": 512, "n_layers": 2, "layout": "lstm"}),
+    "amn": ("fastlvm.models.amn:Amn", {"d_ff": 512, "decay": 1.0}),
 }
+
+BLOCKS = ("mamba", "mamba2", "attention", "mlp", "gate", "gru", "lstm")
+"""What a layout is written of."""
 
 MOST = 1 << 16  # of any count below
 
@@ -23,8 +41,16 @@ class ModelConfig:
 
     vector_dim  length of the payload's vectors.
     d_model     width of the blocks; when it differs from vector_dim an input layer maps one to the other.
-    n_layers, d_state, d_conv, expand    Mamba blocks: number, state size N, convolution width, d_inner / d_model.
-    dt_rank     rank of the step-size projection; None becomes ceil(d_model / 16).
+    n_layers    number of layers.
+    layout      what they are, one after the other and again from the first: a block's name, or several with + between
+                them; "mamba*3 attention" is three layers of mamba and one of attention.
+    d_state, d_conv, expand    mamba and mamba2: state size N, convolution width, d_inner / d_model.
+    dt_rank     mamba: rank of the step-size projection; None becomes ceil(d_model / 16).
+    head_dim    mamba2: channels of a head.
+    heads, window    attention: heads, and how many positions one sees; None is all of the context.
+    d_ff        mlp and amn: width of the first hidden layer.
+    hidden      gate: cells of the GRU; amn: length of query and keys, and of the second hidden layer.
+    positions   a learned vector a position is added to the input.
     dropout     on each block's output, while training.
     context     most positions a context holds.
     residual    the head is added to a learned recency mixture of the context; without it the head stands alone.
@@ -36,10 +62,17 @@ class ModelConfig:
     vector_dim: int = 768
     d_model: int = 768
     n_layers: int = 8
+    layout: str = "mamba"
     d_state: int = 128
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None
+    head_dim: int = 64
+    heads: int = 4
+    window: int | None = 8
+    d_ff: int = 2048
+    hidden: int = 256
+    positions: bool = False
     dropout: float = 0.1
     context: int = 5
     residual: bool = True
@@ -49,20 +82,39 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.name not in PRESETS:
             raise InputError(f"model {self.name!r} is not known: choose one of {', '.join(sorted(PRESETS))}")
-        for field in ("vector_dim", "d_model", "n_layers", "d_state", "d_conv", "expand", "context"):
+        for field in _COUNTS:
             _check_count(field, getattr(self, field))
+        if self.window is not None:
+            _check_count("window", self.window)
         if self.dt_rank is None:
             object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
         _check_count("dt_rank", self.dt_rank)
-        if not isinstance(self.residual, bool):
-            raise InputError(f"residual is {self.residual!r}, and it has to be True or False")
+        for field in ("residual", "positions"):
+            if not isinstance(getattr(self, field), bool):
+                raise InputError(f"{field} is {getattr(self, field)!r}, and it has to be True or False")
         _check_real("dropout", self.dropout, "at least 0 and below 1", lambda v: 0 <= v < 1)
         _check_real("decay", self.decay, "above 0 and at most 1", lambda v: 0 < v <= 1)
         _check_real("norm_eps", self.norm_eps, "above 0", lambda v: 0 < v < math.inf)
 
+        self._check_blocks({block for layer in self.layers for block in layer})
+
+    def _check_blocks(self, blocks: set[str]) -> None:
+        if PRESETS[self.name][0] != STACK:
+            return
+        if "attention" in blocks and self.d_model % self.heads:
+            raise InputError(f"heads is {self.heads}, and it has to divide d_model, which is {self.d_model}")
+        if "mamba2" in blocks and self.d_inner % self.head_dim:
+            raise InputError(f"head_dim is {self.head_dim}, and it has to divide expand · d_model, {self.d_inner}")
+
     @property
     def d_inner(self) -> int:
         return self.expand * self.d_model
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each layer's blocks."""
+        cycle = _parse_layout(self.layout)
+        return tuple(cycle[i % len(cycle)] for i in range(self.n_layers))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; dt_rank follows a new d_model unless it is given."""
@@ -88,6 +140,35 @@ class ModelConfig:
         if name not in PRESETS:
             raise InputError(f"model {name!r} is not known: choose one of {', '.join(sorted(PRESETS))}")
         return cls.from_dict({"name": name, **PRESETS[name][1], **overrides})
+
+
+_COUNTS = (
+    "vector_dim",
+    "d_model",
+    "n_layers",
+    "d_state",
+    "d_conv",
+    "expand",
+    "head_dim",
+    "heads",
+    "d_ff",
+    "hidden",
+    "context",
+)
+
+
+def _parse_layout(text: Any) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for part in text.split() if isinstance(text, str) else []:
+        names, star, times = part.partition("*")
+        blocks = tuple(names.split("+"))
+        count = int(times) if times.isdecimal() and len(times) < 6 else 0 if star else 1
+        if not set(blocks) <= set(BLOCKS) or not 1 <= count <= MOST:
+            raise InputError(f"layout has {part!r}, and names of {', '.join(BLOCKS)} are wanted, such as mamba+gate*2")
+        found += [blocks] * count
+    if not found:
+        raise InputError(f"layout is {text!r}, and one or more of {', '.join(BLOCKS)} are wanted")
+    return found
 
 
 def _check_count(field: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from fastlvm.predictor.layers import (
     Layer,
     LayerNorm,
     Linear,
+    Mixture,
     Native,
     Positions,
     RecencyMixture,
@@ -67,6 +68,11 @@ class MambaBlock(Layer):
         wants(shape.dim, self.dim)
         takes_sequence(shape)
         return shape
+
+    def operations(self, shape: Shape) -> int:
+        # A state: Δ·A, its exp, times h, Δ·u·B, its sum with the former, and times C, summed.
+        each = 2 * self.d_conv + 7 * self.d_state
+        return super().operations(shape) + (shape.positions or 1) * self.d_inner * each
 
     def native(self, weights: Weights) -> Native:
         at = self.prefix
@@ -132,6 +138,10 @@ class Mamba2Block(Layer):
             raise ValueError(f"has {self.n_groups} groups, which do not divide its {self.n_heads} heads")
         return shape
 
+    def operations(self, shape: Shape) -> int:
+        mixed = 2 * self.d_conv * self._channels + 5 * self.n_heads * self.head_dim * self.d_state
+        return super().operations(shape) + (shape.positions or 1) * mixed
+
     def native(self, weights: Weights) -> Native:
         at = self.prefix
         return "mamba2_block", {
@@ -166,6 +176,10 @@ class Attention(Layer):
         if self.dim % self.heads:
             raise ValueError(f"has {self.heads} heads, which do not divide its {self.dim} features")
         return Shape(shape.positions, self.dim)
+
+    def operations(self, shape: Shape) -> int:
+        pairs = sum(min(t + 1, self.window) for t in range(shape.positions or 1))
+        return pairs * (4 * self.dim + self.heads)  # scores, values, exps
 
     def native(self, weights: Weights) -> Native:
         return "attention", {"heads": self.heads, "window": self.window}
@@ -248,6 +262,11 @@ class ContextAttention(Layer):
         takes_sequence(shape)
         return Shape(None, 2 * self.dim)
 
+    def operations(self, shape: Shape) -> int:
+        positions = shape.positions or 1
+        once = 2 * self.inner * self.dim  # of a matrix and a vector
+        return (positions + 1) * once + positions * (2 * self.inner + 3 * self.dim)
+
     def native(self, weights: Weights) -> Native:
         return "context_attention", {
             part: matrix(weights, f"{self.prefix}.{part}.weight", f"{self.prefix}.{part}.bias")
@@ -270,6 +289,7 @@ LAYERS: dict[str, type[Layer]] = {
     "residual": Residual,
     "last": Last,
     "recency_mixture": RecencyMixture,
+    "mixture": Mixture,
     "l2_norm": L2Norm,
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.predictor import artifact, blocks, layers
+from fastlvm.predictor import artifact, layers
 from fastlvm.predictor.forward import Forward, Plan
 from fastlvm.predictor.pack import PRECISIONS, pack
 from fastlvm.predictor.predictor import Predictor
@@ -116,32 +115,13 @@ def export(
 
 
 def describe(config: ModelConfig) -> list[dict[str, Any]]:
-    """The layer list of a model; InputError where no list is known for its name."""
-    if config.name not in _FAMILIES:
-        raise InputError(f"model {config.name!r} has no layer list, and this version packs {', '.join(_FAMILIES)}")
-    return [layers.write_layer(layer) for layer in _FAMILIES[config.name](config)]
+    """The layer list of a model."""
+    import torch
 
+    from fastlvm.models import create
 
-def _mamba(config: ModelConfig) -> list[layers.Layer]:
-    dim, width, eps = config.vector_dim, config.d_model, float(config.norm_eps)
-    rank = config.dt_rank or 0
-    found: list[layers.Layer] = []
-    if width != dim:
-        found.append(layers.Linear("embed", dim, width))
-    for i in range(config.n_layers):
-        found.append(
-            blocks.MambaBlock(
-                f"blocks.{i}", width, config.d_inner, config.d_state, config.d_conv, dt_rank=rank, eps=eps
-            )
-        )
-    found += [layers.Last(), layers.RmsNorm("norm", width, eps), layers.Linear("head", width, dim)]
-    if config.residual:
-        found.append(layers.RecencyMixture("mixture", config.context))
-    found.append(layers.L2Norm())
-    return found
-
-
-_FAMILIES: dict[str, Callable[[ModelConfig], list[layers.Layer]]] = {"mamba-s": _mamba}
+    with torch.device("meta"):  # no memory for weights
+        return create(config).describe()
 
 
 def _source(model_or_run: Any) -> _Source:

@@ -41,6 +41,14 @@ class Plan:
         """Name and shape of the weights that are float32 in any case."""
         return {name: shape for layer in self.layers for name, shape in layer.vectors().items()}
 
+    def operations(self) -> int:
+        """Multiplications, additions and exps of the prediction of one context."""
+        total, shape = 0, self.shape
+        for layer in self.layers:
+            total += layer.operations(shape)
+            shape = layer.after(shape, self.shape)
+        return total
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight of the model."""
         return {**self.matrices(), **self.vectors()}

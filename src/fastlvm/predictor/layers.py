@@ -44,6 +44,10 @@ class Layer:
         """Shape of the stream after this layer; ValueError where the layer cannot take `shape`."""
         return shape
 
+    def operations(self, shape: Shape) -> int:
+        """Multiplications, additions and exps of one context that arrives as `shape`: of what has matrices or mixes."""
+        return (shape.positions or 1) * sum(2 * outputs * inputs for outputs, inputs in self.matrices().values())
+
     def native(self, weights: Weights) -> Native:
         """The layer with its weights, for _C.Model."""
         raise NotImplementedError
@@ -165,6 +169,18 @@ class RecencyMixture(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture(RecencyMixture):
+    """Σ softmax(logits)ₜ · contextₜ alone, whatever arrives."""
+
+    def after(self, shape: Shape, context: Shape) -> Shape:
+        takes_sequence(shape)
+        return super().after(Shape(None, shape.dim), context)
+
+    def native(self, weights: Weights) -> Native:
+        return "mixture", super().native(weights)[1]
+
+
+@dataclasses.dataclass(frozen=True)
 class L2Norm(Layer):
     """h / |h| over the last dimension."""
 
@@ -191,6 +207,13 @@ class Residual(Layer):
         if inner != shape:
             raise ValueError(f"adds {list(inner)} to {list(shape)}")
         return shape
+
+    def operations(self, shape: Shape) -> int:
+        total = 0
+        for layer in self.layers:
+            total += layer.operations(shape)
+            shape = layer.after(shape, shape)
+        return total
 
     def native(self, weights: Weights) -> Native:
         return "residual", {"layers": [layer.native(weights) for layer in self.layers]}
