@@ -31,8 +31,7 @@ from fastlvm.console import (
 from fastlvm.errors import InputError
 from fastlvm.files import check_folder, check_new_folder
 from fastlvm.index_cli import index_app
-
-NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for `train --set`
+from fastlvm.train_cli import sweep, train
 
 RERANK = (
     "mmr:RELEVANCE, directional-bonus:WEIGHT, sequence-bias:WEIGHT:DECAY or shard-assist:WEIGHT; the last two use keys"
@@ -190,45 +189,8 @@ def windows_verify(
     typer.echo(str(Windows.open(windows).verify(Payload.open(payload))))
 
 
-@command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")
-def train(
-    payload: Annotated[Path, typer.Option(help="payload folder")],
-    windows: Annotated[Path, typer.Option(help="windows .npz")],
-    out: Annotated[Path, typer.Option(help="run folder to write")],
-    model: Annotated[str, typer.Option(help="name of the model")] = "mamba-s",
-    objective: Annotated[str, typer.Option(help="contrastive or ar")] = "contrastive",
-    resume: Annotated[bool, typer.Option("--resume", help="go on where a run stopped, bit for bit")] = False,
-    epochs: Annotated[int | None, typer.Option(help="passes over the training windows")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch", help="windows per step")] = None,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
-    space: Annotated[str | None, typer.Option(help="whiten or none")] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="another setting of model or trainer, such as d_model=256")
-    ] = None,
-) -> None:
-    """Train a model; a run starts at the whitened recency mixture and keeps what validation R@5 says helps."""
-    from fastlvm import Payload, Windows, training
-
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "space": space}
-    settings = {key: value for key, value in given.items() if value is not None}
-    settings |= parse_settings(setting or [], taken={*NAMED, *settings})
-    try:
-        with TrainingBar() as bar:
-            summary = training.train(
-                model,
-                Payload.open(payload),
-                Windows.open(windows),
-                out,
-                objective=objective,
-                resume=resume,
-                progress=bar,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        raise interrupted(out, "the same command with --resume") from None
-    typer.echo(training_verdict(summary))
-    typer.echo(f"run       {summary.path}")
+command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")(train)
+command(app, "sweep", "fastlvm sweep --model gru --model lstm --seeds 0,1 --payload P --windows W --out runs")(sweep)
 
 
 @command(app, "eval", "fastlvm eval artifact --payload payload --windows windows.npz --split test --out report")
@@ -355,12 +317,18 @@ def predict(
     print_found(ranked.result, ranked, single=single, as_json=as_json)
 
 
-@command(app, "info", "fastlvm info")
-def info() -> None:
-    """Print versions, instruction sets, threads and which backends can run here."""
+@command(app, "info", "fastlvm info --model mamba-h")
+def info(
+    model: Annotated[str | None, typer.Option(help="name of a model: what it is made of, instead")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of it, such as d_model=256")] = None,
+) -> None:
+    """Print versions, instruction sets, threads and which backends can run here; or parameters and FLOPs of a model."""
     from fastlvm import workflow
 
-    for name, value in workflow.machine_info():
+    settings = parse_settings(setting or [], taken={"name"})
+    if model is None and settings:
+        raise InputError(f"--set {next(iter(settings))} is a model's, and none is named: add --model")
+    for name, value in workflow.machine_info() if model is None else workflow.model_info(model, settings):
         typer.echo(f"{name:<20}{value}")
 
 

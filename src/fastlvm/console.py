@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastlvm.evaluation.latency_gate import Verdict
     from fastlvm.retrieval import Index
     from fastlvm.training import RunSummary
+    from fastlvm.training.sweep import Result
 
 INTERRUPTED = 130
 _EXTRAS = {"torch": "torch", "matplotlib": "plot", "mlx": "mlx"}
@@ -211,6 +212,27 @@ def training_verdict(summary: RunSummary) -> str:
     else:
         kept = f"epoch {summary.best_epoch} of {summary.epochs} reached {summary.best_r5:.4f} and was kept"
     return f"{summary.parameters:,} weights, {summary.seconds:.0f} s of training: {start}; {kept}"
+
+
+def print_sweep(results: Sequence[Result]) -> None:
+    """Every run of a sweep, and the mean over seeds."""
+    from rich.table import Table
+
+    from fastlvm.training.sweep import averages
+
+    runs = Table(title="validation R@5 of the best epoch")
+    for title in ("run", "parameters", "best epoch", "R@5", "untrained", "windows/s"):
+        runs.add_column(title, justify="left" if title == "run" else "right")
+    for one in results:
+        figures = f"{one.r5:.4f}", f"{one.start_r5:.4f}", f"{one.windows_per_s:.0f}"
+        runs.add_row(one.cell.name, f"{one.parameters:,}", str(one.best_epoch), *figures)
+    show(runs)
+    means = Table(title="over seeds")
+    for title in ("model", "runs", "mean R@5", "deviation"):
+        means.add_column(title, justify="left" if title == "model" else "right")
+    for name, count, mean, deviation in averages(results):
+        means.add_row(name, str(count), f"{mean:.4f}", f"{deviation:.4f}" if count > 1 else "-")
+    show(means)
 
 
 def print_latency(

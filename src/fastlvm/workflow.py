@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -119,6 +121,27 @@ def judge(report: Report, gate: str, names: Sequence[str], say: Callable[[str], 
                 missed.append(f"{name}: {row}")
     if missed:
         raise GateError(f"gate {gate} missed: {'; '.join(missed)}")
+
+
+def model_info(name: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a model is made of and what one prediction takes, as (name, value) lines."""
+    from fastlvm.models import ModelConfig
+    from fastlvm.predictor.export import describe
+    from fastlvm.predictor.forward import Plan
+
+    config = ModelConfig.preset(name, **settings)
+    plan = Plan(describe(config), config.context, config.vector_dim)
+    matrices = sum(outputs * inputs for outputs, inputs in plan.matrices().values())
+    count = sum(math.prod(shape) for shape in plan.tensors().values())
+    kinds = Counter(layer.__class__.__name__ for layer in plan.layers)
+    return [
+        ("model", name),
+        ("takes", f"{config.context} × {config.vector_dim}"),
+        ("layers", ", ".join(f"{number} {kind}" for kind, number in kinds.items())),
+        ("parameters", f"{count:,}"),
+        ("FLOPs a context", f"{plan.operations():,}"),
+        ("weights in int8", f"{(4 * (count - matrices) + matrices) / 1e6:,.1f} MB"),
+    ]
 
 
 def machine_info() -> list[tuple[str, str]]:

@@ -52,6 +52,7 @@ def _cut(path, size):
 
 
 BUILD = "payload build --vectors V --keys K --encoder e --out O"
+SWEEP = "sweep --payload P --windows W --out O"
 TRAIN = "train --payload P --windows W --out O"
 EVAL = "eval R --payload P --windows W --out O"
 PREDICT = "predict A --context C"
@@ -200,6 +201,19 @@ CASES = {
     "eval R --payload P --windows W --out some.txt": "some.txt is a file",
     "eval R --payload P --windows W --out some.txt/below": "some.txt is a file",
     "eval A --payload OTHER --windows W --out O": "payload",
+    TRAIN + " --precision fp8": "precision is 'fp8'",
+    TRAIN + " --hard-negatives near:3": "hard_negatives is 'near:3'",
+    TRAIN + " --set queue=5": "queue is 5",
+    TRAIN + " --set layout=rwkv": "layout has 'rwkv'",
+    SWEEP + " --seeds 0,x": "--seeds: got '0,x'",
+    SWEEP + " --vary lr": "--vary: got 'lr'",
+    SWEEP + " --vary lr=1,2 --set lr=3": "lr is given elsewhere too",
+    SWEEP + " --vary seed=1,2": "seed is given elsewhere too",
+    SWEEP + " --jobs 0": "jobs is 0",
+    SWEEP + " --model rwkv": "'rwkv' is not known",
+    "info --model rwkv": "'rwkv' is not known",
+    "info --set d_model=3": "--set d_model is a model's, and none is named: add --model",
+    "info --model gru --set d_model=0": "d_model is 0",
     EVAL + " --split nonsense": "nonsense",
     EVAL + " --limit 0": "limit is 0",
     EVAL + " --limit -1": "limit is -1",

@@ -11,6 +11,7 @@ import pytest
 from cli.conftest import TINY, fastlvm, listing, ok, refused
 from fastlvm import Index, Payload, Predictor, Windows
 from fastlvm.evaluation import latency_gate
+from fastlvm.models import names
 from fastlvm.retrieval.rerank import Mmr
 
 
@@ -265,6 +266,35 @@ def test_a_gate_passed_and_a_report_without_matplotlib(made, tmp_path, monkeypat
     assert result.code == 0 and "no chart: drawing needs matplotlib" in result.err
     assert "gate epoch2, run: cosine" in result.out and "passed" in result.out
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_info_of_a_model(name):
+    lines = dict(line.split(None, 1) for line in ok("info", "--model", name).splitlines())
+    assert lines["model"] == name and lines["takes"] == "5 × 768"
+    count = int(lines["parameters"].replace(",", ""))
+    small = dict(line.split(None, 1) for line in ok("info", "--model", name, "--set", "vector_dim=64").splitlines())
+    assert 0 < int(small["parameters"].replace(",", "")) <= count
+
+
+def test_info_of_a_model_counts_two_operations_for_each_weight_of_a_product():
+    """A GRU of one layer over 5 positions: 3 gates of 2 products each, and a head on the last."""
+    given = ("--set", "vector_dim=64", "--set", "d_model=64", "--set", "n_layers=1")
+    assert f"FLOPs a context     {2 * (5 * 6 * 64 * 64 + 64 * 64):,}" in ok("info", "--model", "gru", *given)
+
+
+def test_sweep(made, tmp_path):
+    tiny = [part for pair in ("epochs=1", "batch_size=16") for part in ("--set", pair)]
+    given = ("sweep", "--model", "mixture", "--model", "gru", "--payload", made.payload, "--windows", made.windows)
+    shown = ok(*given, "--out", tmp_path / "s", "--seeds", "0,1", "--vary", "lr=1e-3,1e-2", *tiny)
+    assert all(
+        f"{model}-lr={lr}-seed{seed}" in shown
+        for model in ("mixture", "gru")
+        for lr in ("0.001", "0.01")
+        for seed in (0, 1)
+    )
+    assert len(json.loads((tmp_path / "s/sweep.json").read_text())) == 8
+    assert ok(*given, "--out", tmp_path / "s", "--seeds", "0,1", "--vary", "lr=1e-3,1e-2", *tiny) == shown
 
 
 def test_info():

@@ -23,12 +23,13 @@ SYNOPSIS = {
     "index add": "--vectors --keys",
     "index remove": "--keys",
     "index verify": "",
-    "train": "--model --payload --windows --objective --out --resume --set",
+    "train": "--model --payload --windows --objective --out --resume --precision --hard-negatives --reverse --set",
+    "sweep": "--model --seeds --vary --jobs --payload --windows --out --set",
     "eval": "--payload --windows --split --out --gates",
     "export": "--index --out --precision",
     "bench latency": "--context -k --threads --repeats --rerank --profile --gate --json",
     "predict": "--context -k --json --keep-context --rerank --candidates --keys --threads",
-    "info": "",
+    "info": "--model --set",
     "demo": "--out",
 }
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastlvm.training.objective import Batch, Objective, Projection, false_negatives, info_nce
+from fastlvm.training.negatives import Batch, Negatives
+from fastlvm.training.objective import Objective, Projection, info_nce
 from fastlvm.training.options import TrainOptions
 
 # four articles of six rows; row 20 repeats row 2
@@ -29,7 +30,11 @@ def predictions(n):
 
 def build(**options):
     options = {"negatives": "batch", "projection": "none", **options}
-    return Objective(TrainOptions(**options), vectors(), ARTICLES, GROUPS, torch.arange(18))
+    return objective_of(TrainOptions(**options), vectors(), torch.arange(18))
+
+
+def objective_of(options, vectors, pool):
+    return Objective(options, vectors, Negatives(options, ARTICLES, GROUPS, pool))
 
 
 def test_info_nce_is_cross_entropy():
@@ -59,6 +64,8 @@ def test_in_batch_contrastive_loss():
     loss = build()(y, batch)
     torch.testing.assert_close(loss.infonce, infonce)
     torch.testing.assert_close(loss.total, 0.7 * infonce + 0.3 * cosine)
+    assert loss.negatives == 2
+    torch.testing.assert_close(build(objective="infonce")(y, batch).total, infonce)
 
 
 def test_payload_negatives_are_the_training_rows():
@@ -79,17 +86,6 @@ def test_ar_is_cosine_and_squared_error():
     torch.testing.assert_close(loss.total, 1 - F.cosine_similarity(y, target).mean() + ((y - target) ** 2).mean())
 
 
-def test_false_negatives_by_article():
-    masked = false_negatives(rows(2), torch.arange(24), ARTICLES, GROUPS, "article")
-    assert masked[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 20]
-
-
-def test_false_negatives_by_group_cover_target_and_context():
-    masked = false_negatives(rows(2, 4), torch.arange(24), ARTICLES, GROUPS, "group")
-    assert masked[0].nonzero().flatten().tolist() == [0, 1, 2, 20]
-    assert masked[1].nonzero().flatten().tolist() == [2, 3, 4, 20]
-
-
 @pytest.mark.parametrize("negatives", ["batch", "payload"])
 @pytest.mark.parametrize("rule", ["article", "group"])
 def test_a_duplicate_is_never_a_negative(negatives, rule):
@@ -99,7 +95,7 @@ def test_a_duplicate_is_never_a_negative(negatives, rule):
         v = vectors()
         v[20] = F.normalize(v[20] + shift, dim=-1)
         options = TrainOptions(negatives=negatives, projection="none", false_negatives=rule)
-        objective = Objective(options, v, ARTICLES, GROUPS, torch.arange(24))
+        objective = objective_of(options, v, torch.arange(24))
         losses.append(objective(predictions(2)[:1], rows(2)).infonce)
         both = objective(predictions(2), Batch(torch.tensor([[0, 1, 2], [18, 19, 20]])))
         assert torch.isfinite(both.total)

@@ -28,7 +28,8 @@ def content(run: Path):
     tensors, meta = checkpoint.load(run / "last.safetensors")
     history = json.loads((run / "history.json").read_text())
     for entry in (*history, *meta["state"]["history"]):
-        entry.pop("time")
+        for measured in ("time", "windows_per_s", "loading"):
+            entry.pop(measured)
     bits = {
         name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items() if tensor.ndim
     }

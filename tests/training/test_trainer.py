@@ -14,7 +14,8 @@ from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.models import ModelConfig, create
 from fastlvm.training import checkpoint, load_run, train
 from fastlvm.training import trainer as trainer_module
-from fastlvm.training.objective import Batch, Objective
+from fastlvm.training.negatives import Batch, Negatives
+from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
 from fastlvm.training.trainer import parameter_groups
 
@@ -37,7 +38,7 @@ def run(payload, windows, tmp_path_factory):
 
 def test_files_and_history(run):
     out, summary, _ = run
-    names = {"best.safetensors", "config.json", "history.json", "last.safetensors", "space.safetensors"}
+    names = {"best.safetensors", "config.json", "history.json", "history.png", "last.safetensors", "space.safetensors"}
     assert {path.name for path in out.iterdir()} == names
     history = json.loads((out / "history.json").read_text())
     assert history == summary.history and [entry["epoch"] for entry in history] == [0, 1, 2, 3]
@@ -49,8 +50,11 @@ def test_files_and_history(run):
         "val_loss",
         "val_cosine",
         "val_r@5",
+        "negatives",
         "lr",
         "time",
+        "windows_per_s",
+        "loading",
     ]
     assert all(list(entry) == wanted for entry in history)
     assert history[0]["train_loss"] is None and history[1]["train_infonce"] > 0
@@ -159,6 +163,12 @@ QUIET = {"dropout": 0.0, "context_dropout": 0.0, "span_corruption": 0.0}
         {"projection": "mlp", "negatives": "batch"},
         {"negatives": "batch", "false_negatives": "group", "ema": 0.9},
         {"space": "none", "residual": False},
+        {"objective": "infonce", "negatives": "batch", "false_negatives": "group", "queue": 4},
+        {"negatives": "batch", "hard_negatives": "same-article:2"},
+        {"hard_negatives": "index:3"},
+        {"precision": "bf16"},
+        {"micro_batch": 10, "negatives": "batch", "false_negatives": "group"},
+        {"reverse": True, "deterministic": True},
     ],
 )
 def test_variants_train(payload, windows, tmp_path, settings):
@@ -174,7 +184,7 @@ def test_a_small_model_overfits_64_windows():
     batch = Batch(torch.arange(64)[:, None] + torch.arange(6))
     groups = torch.arange(69)
     options = TrainOptions(negatives="payload", false_negatives="group", infonce_weight=1.0)
-    objective = Objective(options, vectors, torch.arange(69), groups, groups)
+    objective = Objective(options, vectors, Negatives(options, torch.arange(69), groups, groups))
     model = create("mamba-s", vector_dim=32, d_model=64, n_layers=2, d_state=8, dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.options import TrainOptions
 
 
@@ -18,21 +20,7 @@ class Loss:
     total: Tensor
     infonce: Tensor | None
     cosine: Tensor  # 1 − mean cosine
-
-
-@dataclasses.dataclass
-class Batch:
-    """Windows of one step: payload rows [B, L + 1], the target last."""
-
-    rows: Tensor
-
-    @property
-    def context(self) -> Tensor:
-        return self.rows[:, :-1]
-
-    @property
-    def target(self) -> Tensor:
-        return self.rows[:, -1]
+    negatives: float = 0.0  # of a window, in the mean
 
 
 class Projection(nn.Sequential):
@@ -58,65 +46,44 @@ def info_nce(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float
 
 
 class Objective(nn.Module):
-    """The loss of a batch, given the payload's vectors in the space.
+    """The loss of a batch, given the payload's vectors [N, D] in the space and what chooses the negatives."""
 
-    vectors   float32 [N, D], the whole payload in the space.
-    articles  int64 [N], groups int64 [N]: article and duplicate group of every row.
-    pool      int64 [M], rows of the training articles: the candidates of `negatives="payload"`.
-    """
-
-    def __init__(self, options: TrainOptions, vectors: Tensor, articles: Tensor, groups: Tensor, pool: Tensor) -> None:
+    def __init__(self, options: TrainOptions, vectors: Tensor, negatives: Negatives) -> None:
         super().__init__()
         self.options = options
-        self.contrastive = options.objective == "contrastive"
+        self.contrastive = options.objective != "ar"
         mlp = self.contrastive and options.projection == "mlp"
         self.projection = Projection(vectors.shape[1]) if mlp else None
+        self.parallel: tuple[Callable[[Tensor], Tensor], ...] = ()  # the projection as several processes call it
         # plain attributes: the payload is no part of a checkpoint
-        self.vectors, self.articles, self.groups, self.pool = vectors, articles, groups, pool
-        self.pool_vectors = vectors[pool] if self.contrastive and options.negatives == "payload" else None
+        self.vectors, self.negatives = vectors, negatives
+        pool = self.contrastive and options.negatives == "payload"
+        self.pool_vectors = vectors[negatives.pool] if pool else None
 
-    def forward(self, predicted: Tensor, batch: Batch) -> Loss:
-        """predicted [B, D], L2-normalised."""
+    def forward(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Loss:
+        """predicted [B, D], L2-normalised. generator: draws hard negatives; None leaves out what training alone has."""
         target = self.vectors[batch.target]
         cosine = 1 - (predicted * target).sum(dim=-1).mean()
         if not self.contrastive:
             return Loss(cosine + F.mse_loss(predicted, target), None, cosine)
-        infonce = self._infonce(predicted, target, batch)
-        weight = self.options.infonce_weight
-        return Loss(weight * infonce + (1 - weight) * cosine, infonce, cosine)
+        infonce, count = self._infonce(predicted, batch, generator)
+        weight = 1.0 if self.options.objective == "infonce" else self.options.infonce_weight
+        return Loss(weight * infonce + (1 - weight) * cosine, infonce, cosine, count)
 
-    def _infonce(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        if self.pool_vectors is None:
-            candidates, keys = batch.target, target
-            positive = torch.arange(len(target))
-        else:
-            # the target stands first: a validation target is no row of the pool
-            candidates = torch.cat([batch.target, self.pool])
-            keys = torch.cat([target, self.pool_vectors])
-            positive = torch.arange(len(target))
-        masked = false_negatives(batch, candidates, self.articles, self.groups, self.options.false_negatives)
-        if self.pool_vectors is not None:
-            # one positive per query; the other queries' targets are in the pool already
-            masked[:, : len(target)] = True
-        if self.projection is None:
-            queries = predicted
-        else:
-            queries = self.projection(predicted)
+    def _infonce(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, float]:
+        rows, masked = self.negatives.candidates(batch, generator)
+        queries, keys = predicted, self._keys(rows, len(batch.target))
+        if self.projection is not None:
+            queries = self.parallel[0](predicted) if self.parallel else self.projection(predicted)
             with torch.no_grad():  # the target branch teaches and does not learn
                 keys = self.projection(keys)
-        return info_nce(queries, keys, positive, self.options.temperature, masked)
+        positive = torch.arange(len(predicted))
+        count = float((~masked).sum()) / max(1, len(masked)) - 1
+        return info_nce(queries, keys, positive, self.options.temperature, masked), count
 
-
-def false_negatives(batch: Batch, candidates: Tensor, articles: Tensor, groups: Tensor, rule: str) -> Tensor:
-    """bool [B, M]: candidates (payload rows [M]) that are no negatives of a window.
-
-    Always the rows of the target's duplicate group. "article" adds the rows of its article; "group" adds the window's
-    own context and its duplicates, which retrieval excludes as well.
-    """
-    own = groups[candidates]  # [M]
-    masked = own == groups[batch.target][:, None]
-    if rule == "article":
-        return masked | (articles[candidates] == articles[batch.target][:, None])
-    for position in range(batch.context.shape[1]):
-        masked |= own == groups[batch.context[:, position]][:, None]
-    return masked
+    def _keys(self, rows: Tensor, targets: int) -> Tensor:
+        """Vectors of candidates; those of the pool are at hand."""
+        if self.pool_vectors is None:
+            return self.vectors[rows]
+        end = targets + len(self.pool_vectors)
+        return torch.cat([self.vectors[rows[:targets]], self.pool_vectors, self.vectors[rows[end:]]])

@@ -9,10 +9,13 @@ from typing import Any
 
 from fastlvm.errors import InputError
 
-OBJECTIVES = ("contrastive", "ar")
+OBJECTIVES = ("contrastive", "infonce", "ar")
+PRECISIONS = ("fp32", "bf16")
+HARD = ("same-article", "index")
 PROJECTIONS = ("none", "mlp")
 NEGATIVES = ("batch", "payload")
 FALSE_NEGATIVES = ("article", "group")
+MOST_HARD = 50
 SPACES = ("whiten", "none")
 
 
@@ -20,19 +23,31 @@ SPACES = ("whiten", "none")
 class TrainOptions:
     """Settings of a run; a resumed run has to have the same ones.
 
-    objective          "contrastive" (InfoNCE and the cosine to the target) or "ar" (cosine and squared error alone).
+    objective          "contrastive" (InfoNCE and the cosine to the target), "infonce" (InfoNCE alone) or "ar" (cosine
+                       and squared error alone).
     space              "whiten": mean and whitening fitted on the training articles; "none": vectors as they are.
     epochs, batch_size, lr, weight_decay, clip, seed    as usual; lr is the peak, clip the gradient norm's bound.
     warmup_steps       optimizer steps of linear warm-up, then a cosine down to 1 % of lr at the last step.
     patience           epochs without a better validation R@5 after which the run stops; 0 never stops early.
     projection         where InfoNCE is taken: "none" on the model's output, "mlp" behind a projection head.
-    negatives          "batch": the other targets of the batch; "payload": every row of the training articles.
+    micro_batch        windows whose activations are held at once, 0 = all: a batch is then gone through twice, so that
+                       its loss and its gradients are those of the whole (GradCache, Gao et al. 2021).
+    negatives          "batch": the other targets of the batch, of all processes; "payload": every row of the training
+                       articles.
+    queue              with "batch": as many targets of the batches before are negatives as well.
+    hard_negatives     "same-article:K": K rows of its own article for each window; "index:K": K of the 50 rows that
+                       the model, as it was before the epoch, found nearest. With "batch" they are negatives of the
+                       other windows too.
     false_negatives    rows that never serve as negatives: "article", those of the target's article and duplicate group;
                        "group", the duplicate group and the window's own context.
     temperature        of InfoNCE.
     infonce_weight     λ in λ · InfoNCE + (1 − λ) · (1 − cosine).
     context_dropout    probability that a window's last 1–3 context vectors are set to zero.
     span_corruption    probability that one context vector is replaced by one of another training article.
+    reverse            train and validate on articles read backwards: the control for a model's sense of direction.
+    precision          "bf16": matrix products of the model under torch's autocast; weights stay float32.
+    compile            run the model through torch.compile.
+    deterministic      refuse torch operations whose bits change from run to run.
     ema                decay of an exponential average of the weights, which is then evaluated and kept; 0 is off.
     validation_limit   most validation windows an epoch is judged on, a fixed random sample of them.
     """
@@ -41,6 +56,7 @@ class TrainOptions:
     space: str = "whiten"
     epochs: int = 20
     batch_size: int = 256
+    micro_batch: int = 0
     lr: float = 1e-4
     weight_decay: float = 0.02
     warmup_steps: int = 100
@@ -49,11 +65,17 @@ class TrainOptions:
     seed: int = 0
     projection: str = "none"
     negatives: str = "payload"
+    queue: int = 0
+    hard_negatives: str = ""
     false_negatives: str = "article"
     temperature: float = 0.07
     infonce_weight: float = 0.7
     context_dropout: float = 0.2
     span_corruption: float = 0.1
+    reverse: bool = False
+    precision: str = "fp32"
+    compile: bool = False
+    deterministic: bool = False
     ema: float = 0.0
     validation_limit: int = 5000
 
@@ -64,6 +86,7 @@ class TrainOptions:
             ("projection", PROJECTIONS),
             ("negatives", NEGATIVES),
             ("false_negatives", FALSE_NEGATIVES),
+            ("precision", PRECISIONS),
         ):
             value = getattr(self, field)
             if value not in known:
@@ -71,6 +94,8 @@ class TrainOptions:
         for field, least in (
             ("epochs", 1),
             ("batch_size", 1),
+            ("micro_batch", 0),
+            ("queue", 0),
             ("warmup_steps", 0),
             ("patience", 0),
             ("seed", 0),
@@ -79,6 +104,10 @@ class TrainOptions:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{field} is {value!r}, and it has to be a whole number of at least {least}")
+        for field in ("reverse", "compile", "deterministic"):
+            if not isinstance(getattr(self, field), bool):
+                raise InputError(f"{field} is {getattr(self, field)!r}, and it has to be true or false")
+        self._check_negatives()
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
         for field, least_open in (("lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
@@ -95,6 +124,20 @@ class TrainOptions:
             if not _is_real(value) or not 0 <= value <= 1 or (below_one and value == 1):
                 raise InputError(f"{field} is {value!r}, and it has to lie between 0 and 1")
 
+    def _check_negatives(self) -> None:
+        parse_hard(self.hard_negatives)
+        if self.negatives != "payload":
+            return
+        if self.queue:
+            raise InputError(
+                f"queue is {self.queue}, and the payload's rows are negatives already: set negatives=batch"
+            )
+        if self.hard_negatives and self.false_negatives == "group":
+            raise InputError(
+                f"hard_negatives is {self.hard_negatives!r}, and negatives=payload with false_negatives=group has all "
+                "rows already: set negatives=batch or false_negatives=article"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -106,6 +149,19 @@ class TrainOptions:
             if key not in known:
                 raise InputError(f"{key!r} is no training option: choose from {', '.join(known)}")
         return cls(**values)
+
+
+def parse_hard(text: Any) -> tuple[str, int]:
+    """Where hard negatives are from and how many a window has; ("", 0) for none."""
+    if text == "":
+        return "", 0
+    source, _, count = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if source not in HARD or not count.isdecimal() or not 1 <= int(count) <= MOST_HARD:
+        wanted = ", ".join(f"{name}:K" for name in HARD)
+        raise InputError(
+            f"hard_negatives is {text!r}: choose of {wanted}, with K from 1 to {MOST_HARD}, or leave it out"
+        )
+    return source, int(count)
 
 
 def option_names() -> list[str]:

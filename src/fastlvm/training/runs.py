@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from fastlvm.errors import InputError, IntegrityError
 from fastlvm.evaluation.baselines import fit_decay
 from fastlvm.files import atomic_folder, read_json, write_json
 from fastlvm.models import ModelConfig, create
+from fastlvm.models.config import PRESETS
+from fastlvm.retrieval import blas
 from fastlvm.training import checkpoint
 from fastlvm.training.options import TrainOptions, option_names
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, SPACE, HISTORY = "config.json", "space.safetensors", "history.json"
+_IN_MEMORY = 1 << 28  # bytes of vectors
+_BLOCK = 8192
+_SEEN_LAYERS = 64  # stand for all that a model of more has
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -38,7 +44,7 @@ def request(
     for key, wanted in (("vector_dim", payload.dim), ("context", windows.context)):
         if overrides.setdefault(key, wanted) != wanted:
             raise InputError(f"{key} is {overrides[key]}, and the payload and its windows have {wanted}: leave it out")
-    fit = isinstance(model, str) and "decay" not in overrides
+    fit = isinstance(model, str) and "decay" not in overrides | (PRESETS[model][1] if model in PRESETS else {})
     config = model.replace(**overrides) if isinstance(model, ModelConfig) else ModelConfig.preset(model, **overrides)
     _check_memory(config)
     return config, options, fit and config.residual
@@ -46,10 +52,10 @@ def request(
 
 def _check_memory(config: ModelConfig) -> None:
     """Refuse a model whose weights, gradients and moments alone are more than the machine holds."""
-    with torch.device("meta"):  # shapes without memory; one block stands for all
-        one, two = (create(config.replace(n_layers=layers)) for layers in (1, 2))
-    first, second = (sum(weight.numel() for weight in model.parameters()) for model in (one, two))
-    needed = 16 * (first + (second - first) * (config.n_layers - 1))
+    seen = min(config.n_layers, _SEEN_LAYERS)
+    with torch.device("meta"):  # shapes without memory
+        weights = sum(weight.numel() for weight in create(config.replace(n_layers=seen)).parameters())
+    needed = 16 * weights * config.n_layers // seen
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on Windows
@@ -143,6 +149,40 @@ def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     if len(rows) <= most:
         return rows
     return rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
+
+
+def vectors(payload: Payload, space: Space, folder: Path) -> torch.Tensor:
+    """The payload in the space, float32 [N, dim]; a large one in a file that nobody sees and nobody has to delete."""
+    shape = (len(payload), payload.dim)
+    found: np.ndarray
+    if 4 * shape[0] * shape[1] <= _IN_MEMORY:
+        found = np.empty(shape, np.float32)
+    else:
+        with tempfile.TemporaryFile(dir=folder) as file:  # the map outlives it
+            found = np.memmap(file, np.float32, "w+", shape=shape)
+    for first in range(0, shape[0], _BLOCK):
+        rows = np.arange(first, min(first + _BLOCK, shape[0]))
+        found[rows] = space.apply(payload.take(rows))
+    return torch.from_numpy(found)
+
+
+def nearest(predicted: np.ndarray, pool: np.ndarray, windows: np.ndarray, k: int) -> np.ndarray:
+    """The k rows of `pool` [N, dim] of highest inner product with each of predicted [n, dim], int64 [n, k]; -1 = none.
+
+    windows: rows int64 [n, m] that are left out of each.
+    """
+    found = np.full((len(predicted), k), -1)
+    index = blas.faiss.IndexFlatIP(pool.shape[1])
+    index.add(np.ascontiguousarray(pool))
+    wanted = min(k + windows.shape[1], len(pool))
+    for first in range(0, len(predicted), _BLOCK):
+        part = slice(first, first + _BLOCK)
+        near = index.search(predicted[part], wanted)[1]
+        own = (near[:, :, None] == windows[part][:, None, :]).any(axis=2) | (near < 0)
+        order = np.argsort(own, axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(near, order, axis=1)
+        found[part, : kept.shape[1]] = np.where(np.take_along_axis(own, order, axis=1), -1, kept)
+    return found
 
 
 def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], Space]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,14 @@ from fastlvm.errors import InputError, IntegrityError
 from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.files import write_json
 from fastlvm.models import ModelConfig, create
-from fastlvm.training import checkpoint, runs
+from fastlvm.training import checkpoint, curve, runs
 from fastlvm.training.augment import Augment
 from fastlvm.training.interrupt import Interrupt
-from fastlvm.training.objective import Batch, Objective
+from fastlvm.training.negatives import Batch, Negatives
+from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions, learning_rate
+from fastlvm.training.ranks import Ranks, joined
+from fastlvm.training.step import Step
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Space, Windows
@@ -45,6 +49,8 @@ class RunSummary:
     parameters: int
     decay: float
     seconds: float
+    windows_per_s: float  # of training, without evaluation
+    first_process: bool = True  # of those that torchrun started
 
 
 @dataclasses.dataclass
@@ -53,9 +59,10 @@ class State:
 
     epoch: int = -1  # last finished epoch; 0 is the untrained model's evaluation
     step: int = 0  # optimizer steps done
-    # of the epoch under way, over windows: loss, infonce, cosine, and how many windows
-    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)
+    # of the epoch under way, over windows: loss, infonce, cosine, negatives, and how many windows
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 5)
     seconds: float = 0.0
+    loading: float = 0.0  # of them, how many were spent on fetching and augmenting contexts
     best_epoch: int = -1
     best_r5: float = -1.0
     stopped: str = ""
@@ -80,6 +87,9 @@ def train(
     progress   called as progress(epoch=, epochs=, step=, steps=, loss=, lr=, entry=None) after every optimizer step
                and, with `entry` the epoch's line of the history, after every epoch. `step` counts within the epoch.
 
+    Started by torchrun, the processes share every batch: `torchrun --nproc-per-node=2 -m fastlvm train …`. Their
+    gradients are those of one process with the same batch.
+
     The checkpoint is written after every epoch. Ctrl-C ends the step under way, writes it at that step and raises
     KeyboardInterrupt. Raises InputError for settings or a folder that do not fit, IntegrityError when the windows do
     not come from the payload or a file is damaged; nothing is written then.
@@ -89,10 +99,12 @@ def train(
     for split in ("train", "validation"):
         if len(windows.rows(split)) == 0:
             raise InputError(f"the {split} split holds no window: build the windows with a larger share for it")
-    run, space = runs.open_run(out, config, options, fit, payload, windows, resume)
-    with checkpoint.KeptRandom(), Interrupt() as interrupt:
-        trainer = Trainer(Path(out), run, space, payload, windows, progress, interrupt)
-        return trainer.run()
+    with joined() as ranks, checkpoint.KeptRandom(), Interrupt() as interrupt, _deterministic(options.deterministic):
+        for turn in range(2):  # the first process makes the folder, and the others find it
+            if ranks.first == (turn == 0):
+                run, space = runs.open_run(out, config, options, fit, payload, windows, resume or not ranks.first)
+            ranks.wait()
+        return Trainer(Path(out), run, space, payload, windows, progress, interrupt, ranks).run()
 
 
 class Trainer:
@@ -107,21 +119,22 @@ class Trainer:
         windows: Windows,
         progress: Callable[..., None] | None,
         interrupt: Interrupt,
+        ranks: Ranks,
     ) -> None:
-        self.path, self.identity = path, run
+        self.path, self.identity, self.ranks = path, run, ranks
         self.options = options = TrainOptions.from_dict(run["training"])
         self.progress, self.interrupt = progress, interrupt
-        self.vectors = torch.from_numpy(space.apply(payload.take(np.arange(len(payload)))))  # float32 [N, dim]
+        self.vectors = runs.vectors(payload, space, path)  # float32 [N, dim]
         self.groups = np.array(payload.groups, dtype=np.int64)
         articles = torch.from_numpy(np.asarray(payload.keys[:, 0], dtype=np.int64))
         pool = torch.from_numpy(np.flatnonzero(np.isin(payload.keys[:, 0], windows.articles("train"))))
-        self.rows = torch.from_numpy(np.asarray(windows.rows("train"), dtype=np.int64))  # [n, context + 1]
-        validation = runs.sample(windows.rows("validation"), options.validation_limit, options.seed)
-        self.validation = torch.from_numpy(np.asarray(validation, dtype=np.int64))
+        self.rows = self._rows(windows.rows("train"))  # [n, context + 1]
+        self.validation = self._rows(runs.sample(windows.rows("validation"), options.validation_limit, options.seed))
 
         checkpoint.seed_all(options.seed)
         self.model = create(ModelConfig.from_dict(run["model"]))
-        self.objective = Objective(options, self.vectors, articles, torch.from_numpy(self.groups), pool)
+        self.negatives = Negatives(options, articles, torch.from_numpy(self.groups), pool)
+        self.objective = Objective(options, self.vectors, self.negatives)
         self.augment = Augment(
             pool,
             articles,
@@ -136,6 +149,16 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.state = State()
         self.steps = math.ceil(len(self.rows) / options.batch_size)  # of one epoch
+        self.step = Step(self.model, self.objective, options, ranks)
+        if self.objective.projection is not None:
+            self.objective.parallel = (ranks.parallel(self.objective.projection),)
+        if not ranks.first:
+            torch.manual_seed(options.seed * 1_000_003 + ranks.rank)  # dropout of its own
+        self.board = curve.Board(path)
+
+    def _rows(self, rows: np.ndarray) -> Tensor:
+        found = torch.from_numpy(np.array(rows, dtype=np.int64))
+        return found.flip(1) if self.options.reverse else found
 
     def _names(self) -> dict[nn.Parameter, str]:
         named = {parameter: f"model.{name}" for name, parameter in self.model.named_parameters()}
@@ -151,6 +174,7 @@ class Trainer:
             self._finish_epoch(0, None, time.perf_counter())
         while not self.state.stopped:
             self._epoch(self.state.epoch + 1)
+        self.board.close()
         state = self.state
         return RunSummary(
             path=self.path,
@@ -163,6 +187,8 @@ class Trainer:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             decay=self.identity["model"]["decay"],
             seconds=sum(entry["time"] for entry in state.history),
+            windows_per_s=float(np.median([e["windows_per_s"] for e in state.history if e["windows_per_s"]] or [0])),
+            first_process=self.ranks.first,
         )
 
     def _epoch(self, epoch: int) -> None:
@@ -171,12 +197,14 @@ class Trainer:
         # drawn from the seed and the epoch alone, so that an epoch cut short finds its order again
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.rows), generator=generator)
+        if state.step == (epoch - 1) * self.steps:
+            self.negatives.mine(self._nearest)
         self.model.train()
         for step in range(state.step - (epoch - 1) * self.steps, self.steps):
             chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
-            loss, lr = self._step(Batch(self.rows[chosen]))
+            loss, lr = self._step(Batch(self.rows[chosen], chosen, self.ranks.share(len(chosen))))
             self._report(epoch, step + 1, loss, lr, None)
-            if self.interrupt.requested and step + 1 < self.steps:
+            if self.ranks.any(self.interrupt.requested) and step + 1 < self.steps:
                 state.seconds = time.perf_counter() - started
                 self._save()
                 raise KeyboardInterrupt
@@ -187,13 +215,16 @@ class Trainer:
         lr = learning_rate(state.step, self.steps * options.epochs, options)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        context = self.augment(self.vectors[batch.context], self.vectors, batch.context)
-        loss = self.objective(self.model(context), batch)
+        begun = time.perf_counter()
+        rows = batch.everyone[:, :-1]  # noise is drawn for all, so that it does not depend on the number of processes
+        context = self.augment(self.vectors[rows], self.vectors, rows)[batch.own]
+        state.loading += time.perf_counter() - begun
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.step(context, batch, self.augment.generator, self.ranks.weight(len(batch.everyone)))
+        self.negatives.remember(batch)
         value = loss.total.item()
         if not math.isfinite(value):
             raise InputError(f"the loss is {value} at step {state.step + 1}: train with a smaller lr than {options.lr}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
         nn.utils.clip_grad_norm_(list(self.names), options.clip)
         self.optimizer.step()
         state.step += 1
@@ -201,11 +232,18 @@ class Trainer:
             decay = min(options.ema, state.step / (state.step + 10))
             for name, weight in self.model.state_dict().items():
                 self.average[name].lerp_(weight, 1 - decay)
-        n = len(batch.rows)
+        n = self.ranks.weight(len(batch.everyone)) * len(batch.everyone) / self.ranks.size
         infonce = 0.0 if loss.infonce is None else loss.infonce.item()
-        for i, part in enumerate((value, infonce, loss.cosine.item(), 1.0)):
+        for i, part in enumerate((value, infonce, loss.cosine.item(), loss.negatives, 1.0)):
             state.sums[i] += part * n
         return value, lr
+
+    @torch.no_grad()
+    def _nearest(self, k: int) -> np.ndarray:
+        """The k payload rows nearest to each training window's prediction, its target's group and context left out."""
+        self.model.eval()
+        predicted = torch.cat([self.step.predict(self.vectors[rows[:, :-1]]) for rows in self.rows.split(EVAL_BATCH)])
+        return runs.nearest(predicted.numpy(), self.vectors.numpy(), self.rows.numpy(), k)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -229,19 +267,24 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int, lr: float | None, started: float) -> None:
         state = self.state
-        windows = state.sums[3]
-        trained = [total / windows for total in state.sums[:3]] if windows else [None, None, None]
+        seconds = time.perf_counter() - started
+        *sums, windows = self.ranks.sums(state.sums)
+        trained = [total / windows for total in sums] if windows else [None] * 4
+        judged = self.ranks.same(self._evaluate() if self.ranks.first else None)
         entry: dict[str, Any] = {
             "epoch": epoch,
             "train_loss": trained[0],
             "train_infonce": trained[1] if self.objective.contrastive else None,
             "train_ar_cosine": trained[2],
-            **self._evaluate(),
+            **judged,
+            "negatives": trained[3] if self.objective.contrastive else None,
             "lr": lr,
             "time": time.perf_counter() - started,
+            "windows_per_s": windows / seconds if windows else None,
+            "loading": state.loading / seconds if windows else None,
         }
         state.history.append(entry)
-        state.epoch, state.sums, state.seconds = epoch, [0.0] * 4, 0.0
+        state.epoch, state.sums, state.seconds, state.loading = epoch, [0.0] * 5, 0.0, 0.0
         if entry["val_r@5"] > state.best_r5:
             state.best_r5, state.best_epoch = entry["val_r@5"], epoch
             kept = self.average if self.average is not None else self.model.state_dict()
@@ -252,19 +295,22 @@ class Trainer:
             state.stopped = "epochs"
         self._save()
         self._report(epoch, self.steps if epoch else 0, entry["train_loss"], lr, entry)
-        if self.interrupt.requested:
+        if self.ranks.any(self.interrupt.requested):
             raise KeyboardInterrupt
 
     def _report(
         self, epoch: int, step: int, loss: float | None, lr: float | None, entry: dict[str, Any] | None
     ) -> None:
-        if self.progress is not None:
+        if self.progress is not None and self.ranks.first:
             self.progress(
                 epoch=epoch, epochs=self.options.epochs, step=step, steps=self.steps, loss=loss, lr=lr, entry=entry
             )
 
     def _save(self) -> None:
         """Write the checkpoint first, then what follows from it."""
+        dropout = self.ranks.all(torch.get_rng_state())
+        if not self.ranks.first:
+            return
         projection = self.objective.projection
         tensors = {
             **checkpoint.prefixed("model", self.model.state_dict()),
@@ -273,6 +319,8 @@ class Trainer:
             **checkpoint.prefixed("best", self.best),
             **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.names)),
             **checkpoint.prefixed("random", checkpoint.random_tensors(self.augment.generator)),
+            **{f"dropout.{rank}": state for rank, state in enumerate(dropout)},
+            **checkpoint.prefixed("negatives", self.negatives.tensors()),
         }
         meta = {"config": self.identity, "state": dataclasses.asdict(self.state)}
         with self.interrupt.shielded():
@@ -282,6 +330,8 @@ class Trainer:
     def _write_derived(self, best: bool) -> None:
         state = self.state
         write_json(self.path / runs.HISTORY, state.history)
+        if state.history:
+            curve.draw(state.history, self.path)
         if not best:
             return
         meta = {key: self.identity[key] for key in ("model", "payload_id", "windows_id", "space_id")}
@@ -300,9 +350,26 @@ class Trainer:
             self.average = checkpoint.pick(tensors, "average")
         self.best = checkpoint.pick(tensors, "best")
         checkpoint.load_random(checkpoint.pick(tensors, "random"), self.augment.generator, path)
+        dropout = checkpoint.pick(tensors, "dropout")
+        if len(dropout) != self.ranks.size:
+            raise InputError(f"{path} is of {len(dropout)} processes, and these are {self.ranks.size}: start as many")
+        torch.set_rng_state(dropout[str(self.ranks.rank)])
+        self.negatives.restore(checkpoint.pick(tensors, "negatives"))
         self.state = State(**meta["state"])
+        if not self.ranks.first:
+            return
         with self.interrupt.shielded():  # a kill may have come between the checkpoint and these
             self._write_derived(best=True)
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def parameter_groups(names: dict[nn.Parameter, str], weight_decay: float) -> list[dict[str, Any]]:
