@@ -14,7 +14,7 @@ namespace fastlvm::FASTLVM_ISA::nce {
 constexpr int64_t work_worth_sharing = 1 << 20;  // multiply-adds of one product
 constexpr int64_t logits_at_once = 32 << 20;     // bytes, where those of a block are kept for all keys
 constexpr int64_t most_queries = 256;            // in a block
-constexpr int64_t most_keys = 240, least_keys = 24, wanted_chunks = 16;
+constexpr int64_t most_keys = 240, least_keys = 24, wanted_chunks = 8;
 constexpr double ln2 = 0.6931471805599453;
 
 // How the work is cut: by the shapes alone, so that no bit depends on the threads.
@@ -24,7 +24,7 @@ struct Cut {
   int64_t pitch;          // of a row of logits: no power of two, which would meet itself in the first cache
 
   Cut(const InfoNce& in, int64_t width, int64_t size, bool kept) {
-    const int64_t even = round_up(div_up(in.keys_count, wanted_chunks), 12);
+    const int64_t even = round_up(div_up(in.keys_count, wanted_chunks), 6);
     chunk = smaller(most_keys, larger(least_keys, even));
     chunks = div_up(in.keys_count, chunk);
     const int64_t fits = kept ? logits_at_once / (size * larger(1, in.keys_count)) / width * width : most_queries;
@@ -127,17 +127,18 @@ class Tiles {
       T* const keys = keys_ + seat_of_thread() * keys_size();
       T* const out = static_cast<T*>(dqueries.data) + (first_ + i) * in_.dim + column;
       const int64_t all = smaller(panels * width, in_.dim - column);
-      for (int64_t c = 0; c < chunks(); ++c) {
-        pack_panels<V>(keys, cut_.chunk, in_.keys, begin(c), count(c), column, all);
+      for (int64_t j = 0; j < in_.keys_count; j += most_keys) {
+        const int64_t count = smaller(most_keys, in_.keys_count - j);
+        pack_panels<V>(keys, count, in_.keys, j, count, column, all);
         for (int64_t at = 0; at < all; at += width)
-          multiply_panel<V>(smaller(rows, rows_ - i), count(c), {logits_of(c) + i, 1, cut_.pitch},
-                            keys + at * cut_.chunk, {out + at, in_.dim, smaller(width, all - at), c > 0});
+          multiply_panel<V>(smaller(rows, rows_ - i), count, {logits_ + j * cut_.pitch + i, 1, cut_.pitch},
+                            keys + at * count, {out + at, in_.dim, smaller(width, all - at), j > 0});
       }
     });
   }
 
  private:
-  int64_t keys_size() const { return panels_ * cut_.chunk * width; }
+  int64_t keys_size() const { return panels_ * smaller(most_keys, in_.keys_count) * width; }
 
   // A panel of lanes of the block: along D as read, across it in units of the logits.
   void read_queries(int64_t panel) {

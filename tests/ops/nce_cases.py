@@ -48,7 +48,7 @@ class Nce:
 
     def cotangent(self) -> torch.Tensor:
         shape = (self.batch,) if self.reduction == "none" else ()
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def _grid() -> list[Nce]:

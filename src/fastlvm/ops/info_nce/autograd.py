@@ -34,17 +34,17 @@ def _fake(queries, keys, temperature, symmetric, mask, query_labels, key_labels,
 
 
 def _outputs(queries: Tensor, keys: Tensor, symmetric: bool, summed: bool, wanted: list[bool]) -> tuple[Tensor, ...]:
-    """Loss [] or [B], logarithms of the sums [1 or 2, B], gradients of the sum of the losses; none of them is []."""
+    """Loss [] or [B], logarithms of the sums [1 or 2, B], gradients of the sum of the losses, or [0] for none."""
     dtype = _autograd.state_dtype(queries)
     batch = queries.shape[0]
     early = summed and not symmetric
     shapes = [() if summed else (batch,), (2 if symmetric else 1, batch)]
-    shapes += [x.shape if want and early else () for x, want in zip((queries, keys), wanted, strict=True)]
+    shapes += [x.shape if want and early else (0,) for x, want in zip((queries, keys), wanted, strict=True)]
     return tuple(queries.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _given(gradient: Tensor) -> Tensor | None:
-    return gradient if gradient.ndim else None
+    return gradient if gradient.ndim == 2 else None
 
 
 def _left_out(mask: Tensor | None, *labels: Tensor | None) -> list[Any]:
