@@ -1,5 +1,5 @@
-// Products of matrices that do not fit the caches: the right factor is packed into panels, a tile of the result stays in
-// registers while a panel goes by, and callers cut depth and rows so that panels stay in the second cache.
+// Products of matrices that do not fit the caches: the right factor is packed into panels, a tile of the result stays
+// in registers while a panel goes by, and callers cut depth and rows so that panels stay in the second cache.
 //
 // The sum of an element runs over the depth in order and goes on from what is in memory where `keep` is set: no bit
 // depends on how the depth is cut, or on who computes a tile. common/product.h is for factors that lie as they are.
@@ -16,7 +16,7 @@ constexpr int panel_vectors = V::width == 8 ? 2 : 4;
 template <class V>
 constexpr int panel_rows = V::width == 1 ? 3 : 6;
 template <class V>
-constexpr int64_t panel_width = panel_vectors<V>* V::width;
+constexpr int64_t panel_width = panel_vectors<V> * V::width;
 
 // The left factor, read one element at a time: element (r, k) is data[r * row + k % run * depth + k / run * hop].
 template <class T>
@@ -85,8 +85,7 @@ inline void multiply_panel(int64_t rows, int64_t depth, Spread<typename V::scala
   constexpr int most = panel_rows<V>;
   for (; rows >= most; rows -= most, a.data += most * a.row, out.data += most * out.pitch)
     panel_tile<V, most>(depth, a, b, out);
-  if (rows > 0)
-    with_constant<most - 1>(rows, [&](auto count) { panel_tile<V, count.value>(depth, a, b, out); });
+  if (rows > 0) with_constant<most - 1>(rows, [&](auto count) { panel_tile<V, count.value>(depth, a, b, out); });
 }
 
 // Panels [panels, rows, panel_width] of columns [column, column + columns) of rows [row, row + rows) of a matrix, the

@@ -43,9 +43,7 @@ inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
   args.forward.float64 ? conv::Backward<Double>(args).run() : conv::Backward<Vec>(args).run();
 }
 
-inline void info_nce(const InfoNce& args) {
-  args.float64 ? nce::Loss<Double>(args).run() : nce::Loss<Vec>(args).run();
-}
+inline void info_nce(const InfoNce& args) { args.float64 ? nce::Loss<Double>(args).run() : nce::Loss<Vec>(args).run(); }
 
 inline void info_nce_bwd(const InfoNceBwd& args) {
   args.forward.float64 ? nce::Gradient<Double>(args).run() : nce::Gradient<Vec>(args).run();

@@ -125,10 +125,10 @@ struct InfoNce {
   int64_t batch, keys_count, dim;  // B, M >= B, D; M == B where symmetric
   bool float64;
   bool symmetric;
-  double scale;           // 1 / temperature
-  TensorView queries;     // [B, D]
-  TensorView keys;        // [M, D]
-  const uint8_t* mask;    // [B, M], not 0 for what is left out; null if not given
+  double scale;         // 1 / temperature
+  TensorView queries;   // [B, D]
+  TensorView keys;      // [M, D]
+  const uint8_t* mask;  // [B, M], not 0 for what is left out; null if not given
   int64_t mask_stride[2];
   // [B, G] and [M, G] contiguous: left out is what has the same label, of 0 or more, in any column. Null if not given.
   const int64_t *query_labels, *key_labels;
@@ -142,8 +142,8 @@ struct InfoNce {
 };
 
 struct InfoNceBwd {
-  InfoNce forward;   // log_sums are read; loss, total and gradients are not given
-  TensorView grad;   // [B], of the losses
+  InfoNce forward;  // log_sums are read; loss, total and gradients are not given
+  TensorView grad;  // [B], of the losses
   TensorView dqueries, dkeys;
 };
 

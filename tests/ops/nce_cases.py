@@ -55,7 +55,9 @@ def _grid() -> list[Nce]:
     sizes = [(1, 1, 1), (2, 3, 1), (5, 5, 3), (6, 19, 4), (16, 16, 16), (17, 31, 33), (33, 70, 65), (64, 64, 64)]
     sizes += [(65, 130, 7), (130, 517, 31), (300, 300, 70), (0, 0, 4), (0, 3, 4), (3, 5, 0)]
     cases = [Nce(b, m, d, reduction=r) for b, m, d in sizes for r in ("sum", "none")]
-    cases += [Nce(b, b, d, symmetric=True, reduction=r) for b, _, d in sizes for r in ("mean", "none") if b or r != "mean"]
+    cases += [
+        Nce(b, b, d, symmetric=True, reduction=r) for b, _, d in sizes for r in ("mean", "none") if b or r != "mean"
+    ]
     masks = ("dense", 1, 3, 16)
     for r in ("mean", "none"):
         cases += [Nce(37, 37, 9, mask=m, symmetric=s, reduction=r) for m in masks for s in (False, True)]
@@ -99,7 +101,9 @@ def nce_oracle(queries, keys, temperature, symmetric=False, mask=None, reduction
 def truth(case: Nce, dtype=torch.float32):
     """Loss and gradients of the oracle for the case's inputs as rounded to the dtype."""
     op = functools.partial(nce_oracle, mask=case.left_out(), temperature=case.temperature, symmetric=case.symmetric)
-    [loss], grads = oracle.run(functools.partial(op, reduction=case.reduction), case.vectors(dtype), (case.cotangent(),))
+    [loss], grads = oracle.run(
+        functools.partial(op, reduction=case.reduction), case.vectors(dtype), (case.cotangent(),)
+    )
     return loss, grads
 
 

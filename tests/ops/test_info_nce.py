@@ -122,7 +122,9 @@ def test_both_kinds_of_mask_agree(backend):
     ours[2], theirs[3] = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).min
     dense = ((ours[:, None] == theirs) & (ours[:, None] >= 0)).any(-1)
     queries, keys = Nce(50, 80, 6).vectors().values()
-    calls = [fastlvm.info_nce(queries, keys, mask=m, reduction="none", backend=backend) for m in (dense, (ours, theirs))]
+    calls = [
+        fastlvm.info_nce(queries, keys, mask=m, reduction="none", backend=backend) for m in (dense, (ours, theirs))
+    ]
     assert torch.equal(*calls)
 
 
@@ -177,7 +179,9 @@ def test_strides(reduction, backend):
         for grad, name in zip(grads, want_grads, strict=True):
             assert relative_error(grad, want_grads[name]) <= 1e-6
     flipped = [inputs[k].flip(0).numpy()[::-1] for k in ("queries", "keys")]
-    loss = fastlvm.info_nce(*flipped, case.temperature, mask=inputs["mask"].numpy(), reduction=reduction, backend=backend)
+    loss = fastlvm.info_nce(
+        *flipped, case.temperature, mask=inputs["mask"].numpy(), reduction=reduction, backend=backend
+    )
     assert relative_error(loss, want) <= 1e-6
     one = inputs["keys"].detach()[:1]
     expanded = one.expand(53, 19)

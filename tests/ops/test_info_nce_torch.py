@@ -13,6 +13,7 @@ import torch
 
 import fastlvm
 from fastlvm import _C
+from fastlvm.ops import dispatch
 
 from .cases import custom_ops
 from .nce_cases import Nce
@@ -166,6 +167,46 @@ def test_explain_lists_every_backend(isa):
     verdicts = {v.backend: v for v in fastlvm.explain("info_nce", **Nce().inputs())}
     assert verdicts["cpu"].ok and verdicts["reference"].ok
     assert isa in verdicts["cpu"].reason
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Names of the backends that ran, in order."""
+    ran = []
+    for name, module in dispatch._OPS["info_nce"].backends.items():
+
+        def run(queries, *args, name=name):
+            ran.append(name)
+            return queries.sum()
+
+        monkeypatch.setattr(module, "run", run)
+    return ran
+
+
+def test_auto_takes_what_was_measured_to_be_faster(chosen, monkeypatch):
+    monkeypatch.delenv("FASTLVM_BACKEND", raising=False)
+
+    def ran(rows, dtype=torch.float32, gradient=True):
+        queries, keys = torch.zeros(rows, 1, dtype=dtype, requires_grad=gradient), torch.zeros(rows, 1, dtype=dtype)
+        with_grad = fastlvm.info_nce(queries, keys)
+        with torch.no_grad():
+            fastlvm.info_nce(queries, keys)
+        assert with_grad.shape == ()
+        verdicts = fastlvm.explain("info_nce", queries, keys)
+        assert [v.ok for v in verdicts] == [True, True]
+        assert ("auto" in verdicts[0].reason) == (chosen[-2] == "reference")
+        return chosen[-2:]
+
+    assert ran(1024) == ["reference", "cpu"]
+    assert ran(1025) == ["cpu", "cpu"]
+    assert ran(1024, gradient=False) == ["cpu", "cpu"]
+    assert ran(1025, torch.float64) == ["reference", "reference"]
+    assert ran(4097, torch.float64) == ["cpu", "cpu"]
+    fastlvm.info_nce(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32))
+    assert chosen[-1] == "cpu"
+    supports = lambda *args: (False, "on holiday")  # noqa: E731
+    monkeypatch.setattr(dispatch._OPS["info_nce"].backends["reference"], "supports", supports)
+    assert ran(8) == ["cpu", "cpu"]
 
 
 @pytest.fixture(params=["numpy", "torch"])

@@ -90,30 +90,28 @@ def _check_temperature(temperature: Any) -> None:
             f"{_OP}: temperature is a {type(temperature).__name__}; {wants}, for a learned one pass queries * scale "
             "and temperature 1.0"
         )
-    if isinstance(temperature, (bool, np.bool_)) or not isinstance(temperature, (int, float, np.number)):
+    if isinstance(temperature, (bool, np.bool_)) or not isinstance(temperature, (int, float, np.integer, np.floating)):
         raise TypeError(f"{_OP}: temperature is {temperature!r}; {wants}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{_OP}: temperature is {temperature!r}; {wants}")
 
 
 def _check_mask(queries: Any, count: int, mask: Any) -> None:
-    batch, kind = queries.shape[0], _arrays.kind(queries)
+    batch = queries.shape[0]
     if not isinstance(mask, (tuple, list)):
         _check_kind("mask", mask, queries, "bool")
         _checks.check_shape(_OP, "mask", mask, "(B, M)", (batch, count))
         return
     if len(mask) != 2:
         raise ValueError(f"{_OP}: mask has {len(mask)} entries; wants a pair, the labels of queries and those of keys")
-    for name, labels, letters, rows in zip(
-        ("mask[0]", "mask[1]"), mask, ("(B, G)", "(M, G)"), (batch, count), strict=True
-    ):
+    for i, (letters, rows) in enumerate((("(B, G)", batch), ("(M, G)", count))):
+        name, labels = f"mask[{i}]", mask[i]
         _check_kind(name, labels, queries, "int64")
         _checks.check_rank(_OP, name, labels, letters, 2)
-        columns = mask[0].shape[1] if name == "mask[1]" else labels.shape[1]
+        columns = mask[0].shape[1]
         if not 1 <= columns <= _MOST_LABELS:
             raise ValueError(f"{_OP}: {name} has {columns} columns; wants 1 to {_MOST_LABELS}")
         _checks.check_shape(_OP, name, labels, letters, (rows, columns))
-    assert kind is not None
 
 
 def _check_kind(name: str, x: Any, queries: Any, dtype: str) -> None:

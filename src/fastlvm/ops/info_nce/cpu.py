@@ -10,11 +10,28 @@ from fastlvm.ops import _arrays, _native
 from fastlvm.ops._native import describe
 from fastlvm.ops.info_nce.reference import split
 
-__all__ = ["describe", "run", "supports"]
+__all__ = ["describe", "run", "supports", "yields"]
+
+# Up to so many logits all of them at once are quicker, by measurement: docs/kernels.md, InfoNCE. In float64 the kernels
+# compute one number at a time; there the limit is memory.
+_FEW, _FEW_DOUBLES = 1024**2, 4096**2
 
 
 def supports(queries: Any, *args: Any) -> tuple[bool, str]:
     return _native.supports(queries)
+
+
+def yields(queries: Any, keys: Any, *args: Any) -> str:
+    if _arrays.kind(queries) == "numpy":
+        return ""
+    import torch
+
+    logits = queries.shape[0] * keys.shape[0]
+    if queries.dtype == torch.float64:
+        return "float64 is quicker with all logits in memory" if logits <= _FEW_DOUBLES else ""
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad) and logits <= _FEW:
+        return "with gradients few logits are quicker all in memory"
+    return ""
 
 
 def run(queries: Any, keys: Any, temperature: float, symmetric: bool, mask: Any, reduction: str) -> Any:
