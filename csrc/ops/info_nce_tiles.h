@@ -25,7 +25,7 @@ struct Cut {
 
   Cut(const InfoNce& in, int64_t width, int64_t size, bool kept) {
     const int64_t even = round_up(div_up(in.keys_count, wanted_chunks), 6);
-    chunk = smaller(most_keys, larger(least_keys, even));
+    chunk = smaller(larger(1, in.keys_count), smaller(most_keys, larger(least_keys, even)));
     chunks = div_up(in.keys_count, chunk);
     const int64_t fits = kept ? logits_at_once / (size * larger(1, in.keys_count)) / width * width : most_queries;
     block = larger(width, smaller(round_up(in.batch, width), smaller(most_queries / width * width, fits)));
