@@ -186,15 +186,15 @@ def chosen(monkeypatch):
 def test_auto_takes_what_was_measured_to_be_faster(chosen, monkeypatch):
     monkeypatch.delenv("FASTLVM_BACKEND", raising=False)
 
-    def ran(rows, dtype=torch.float32, gradient=True):
+    def ran(rows, dtype=torch.float32, gradient=True, reference=True):
         queries, keys = torch.zeros(rows, 1, dtype=dtype, requires_grad=gradient), torch.zeros(rows, 1, dtype=dtype)
         with_grad = fastlvm.info_nce(queries, keys)
         with torch.no_grad():
             fastlvm.info_nce(queries, keys)
         assert with_grad.shape == ()
         verdicts = fastlvm.explain("info_nce", queries, keys)
-        assert [v.ok for v in verdicts] == [True, True]
-        assert ("auto" in verdicts[0].reason) == (chosen[-2] == "reference")
+        assert [v.ok for v in verdicts] == [True, reference]
+        assert ("auto" in verdicts[0].reason) == (chosen[-2] == "reference" or not reference)
         return chosen[-2:]
 
     assert ran(1024) == ["reference", "cpu"]
@@ -206,7 +206,7 @@ def test_auto_takes_what_was_measured_to_be_faster(chosen, monkeypatch):
     assert chosen[-1] == "cpu"
     supports = lambda *args: (False, "on holiday")  # noqa: E731
     monkeypatch.setattr(dispatch._OPS["info_nce"].backends["reference"], "supports", supports)
-    assert ran(8) == ["cpu", "cpu"]
+    assert ran(8, reference=False) == ["cpu", "cpu"]
 
 
 @pytest.fixture(params=["numpy", "torch"])
