@@ -38,7 +38,7 @@ def _outputs(queries: Tensor, keys: Tensor, symmetric: bool, summed: bool, wante
     dtype = _autograd.state_dtype(queries)
     batch = queries.shape[0]
     early = summed and not symmetric
-    shapes = [() if summed else (batch,), (2 if symmetric else 1, batch)]
+    shapes: list[Any] = [() if summed else (batch,), (2 if symmetric else 1, batch)]
     shapes += [x.shape if want and early else (0,) for x, want in zip((queries, keys), wanted, strict=True)]
     return tuple(queries.new_empty(shape, dtype=dtype) for shape in shapes)
 
