@@ -13,7 +13,7 @@ struct NceSizes {
   NceSizes(Draws& draw, bool symmetric) {
     const bool large = draw.pick("kind", {0, 0, 0, 0, 0, 1}) == 1;
     B = large ? draw.pick("B large", {130, 270}) : draw.pick("B", {0, 1, 2, 5, 17, 40});
-    D = large ? draw.pick("D large", {9, 33}) : draw.pick("D", {0, 1, 2, 3, 5, 16, 17, 65, 130});
+    D = large ? draw.pick("D large", {9, 33}) : draw.pick("D", {0, 1, 3, 5, 16, 17, 65});
     const int64_t more = large ? draw.pick("M large", {0, 260}) : draw.pick("M - B", {0, 1, 7, 50});
     M = symmetric ? B : B + more;
   }
