@@ -25,6 +25,7 @@ from paired import Plan
 from results import Results, file_name
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+LINES = pytest.StashKey[list[str]]()
 RESULTS = pytest.StashKey[Results]()
 FORWARD = pytest.StashKey[ForwardResults]()
 GATE = pytest.StashKey[GateResults]()
@@ -51,6 +52,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[LINES] = []
     plan = Plan(rounds=config.getoption("--bench-rounds"), patience=config.getoption("--bench-patience"))
     threads = sorted({1, min(2, fastlvm.get_num_threads())})
     config.stash[RESULTS] = Results(plan, threads)
@@ -84,6 +86,12 @@ def gate_results(request: pytest.FixtureRequest) -> GateResults:
     return request.config.stash[GATE]
 
 
+@pytest.fixture(scope="session")
+def lines(request: pytest.FixtureRequest) -> list[str]:
+    """Lines to print at the end."""
+    return request.config.stash[LINES]
+
+
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`timed(call, **sizes)`: benchmark `call()` and record P50, P95 and P99 beside the sizes and the threads.
@@ -109,6 +117,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     _keep(terminalreporter, "kernels", config.stash[RESULTS], table.markdown, folder)
     _keep(terminalreporter, "forward", config.stash[FORWARD], forward_table.markdown, folder)
     _keep(terminalreporter, "gate", config.stash[GATE], gate_table.markdown, folder)
+    if config.stash[LINES]:
+        terminalreporter.section("InfoNCE, milliseconds a call: median (10 % to 90 %), rounds")
+    for line in config.stash[LINES]:
+        terminalreporter.write_line(line)
     rows = config.stash[ROWS]
     if not rows:
         return

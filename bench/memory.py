@@ -1,10 +1,11 @@
-"""How much memory the backward pass takes at its peak, in a process of its own.
+"""How much memory a pass takes at its peak, in a process of its own.
 
-    python bench/memory.py BATCH CHANNELS LENGTH STATE THREADS
+    python bench/memory.py BATCH CHANNELS LENGTH STATE THREADS      the backward of ssm_scan
+    python bench/memory.py LOSS ROWS DIM THREADS                    forward and backward of a loss of nce_losses.py
 
-The peak of the resident set (VmHWM, set back to the present by /proc/self/clear_refs) during torch.autograd.grad, less
-the resident set before it, when the inputs and the output are there and the pages the allocator holds have gone back.
-The gradients themselves are part of the figure. Linux only.
+The peak of the resident set (VmHWM, set back to the present by /proc/self/clear_refs) during the pass, less the
+resident set before it, when the inputs (and for a backward the output) are there and the pages the allocator holds have
+gone back. The gradients themselves are part of the figure. Linux only.
 """
 
 from __future__ import annotations
@@ -17,15 +18,34 @@ from pathlib import Path
 from typing import Any
 
 from cases import Scan
+from nce_losses import Nce, with_gradients
+from rivals import available_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def measure(case: Scan, threads: int) -> dict[str, Any]:
     """extra and arrays (inputs + outputs) in bytes; or the reason why there are none."""
+    return _in_a_process(*case.shape, threads)
+
+
+def of_loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
+    """extra in bytes, over the inputs; or the reason why there is none."""
+    return _in_a_process(name, case.rows, case.dim, threads)
+
+
+def too_large(wanted: float) -> str | None:
+    """Why a call that takes so many bytes is not made here, if it is not."""
+    free = available_memory()
+    if free is None or wanted < 0.9 * free:
+        return None
+    return f"it takes {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+
+
+def _in_a_process(*arguments: str | int) -> dict[str, Any]:
     if not _CLEAR.exists():
         return {"reason": "the peak of a process can be set back on Linux only"}
-    command = [sys.executable, __file__, *map(str, case.shape), str(threads)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"reason": (done.stderr.strip().splitlines() or ["the process was killed"])[-1]}
@@ -57,11 +77,31 @@ def _once(case: Scan, torch: Any) -> dict[str, Any]:
     return {"extra": 1024 * max(0, extra), "arrays": arrays}
 
 
+def _loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
+    import torch
+
+    import fastlvm
+
+    torch.set_num_threads(threads)
+    fastlvm.set_num_threads(threads)
+    with_gradients(name, Nce(64, case.dim))()  # starts threads, loads code
+    call = with_gradients(name, case)
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")
+    before = _kilobytes("VmRSS")
+    call()
+    return {"extra": 1024 * max(0, _kilobytes("VmHWM") - before)}
+
+
 def _kilobytes(field: str) -> int:
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 if __name__ == "__main__":
-    *shape, threads = map(int, sys.argv[1:])
-    print(json.dumps(_backward(Scan(*shape, gradient=True), threads)))
+    *given, threads = sys.argv[1:]
+    if given[0].isdigit():
+        found = _backward(Scan(*map(int, given), gradient=True), int(threads))
+    else:
+        found = _loss(given[0], Nce(*map(int, given[1:])), int(threads))
+    print(json.dumps(found))

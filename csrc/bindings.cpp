@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ssm_scan(m);
   bind_ssd_scan(m);
   bind_causal_conv1d(m);
+  bind_info_nce(m);
   bind_model(m);
   bind_searcher(m);
   bind_ssm_step(m);

@@ -22,6 +22,7 @@ namespace fastlvm {
 void bind_ssm_scan(py::module_& m);
 void bind_ssd_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
+void bind_info_nce(py::module_& m);
 void bind_model(py::module_& m);
 void bind_searcher(py::module_& m);
 void bind_ssm_step(py::module_& m);

@@ -4,6 +4,7 @@
 #include "ops/causal_conv1d.h"
 #include "ops/causal_conv1d_bwd.h"
 #include "ops/causal_conv1d_step.h"
+#include "ops/info_nce.h"
 #include "ops/ssd_scan.h"
 #include "ops/ssd_scan_bwd.h"
 #include "ops/ssd_step.h"
@@ -42,6 +43,12 @@ inline void causal_conv1d_bwd(const CausalConv1dBwd& args) {
   args.forward.float64 ? conv::Backward<Double>(args).run() : conv::Backward<Vec>(args).run();
 }
 
+inline void info_nce(const InfoNce& args) { args.float64 ? nce::Loss<Double>(args).run() : nce::Loss<Vec>(args).run(); }
+
+inline void info_nce_bwd(const InfoNceBwd& args) {
+  args.forward.float64 ? nce::Gradient<Double>(args).run() : nce::Gradient<Vec>(args).run();
+}
+
 inline void ssm_step(const SsmStep& args) {
   args.float64 ? ssm_one::forward<Double>(args) : ssm_one::forward<Vec>(args);
 }
@@ -61,6 +68,8 @@ inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA),
                                     ssd_scan_bwd,
                                     causal_conv1d,
                                     causal_conv1d_bwd,
+                                    info_nce,
+                                    info_nce_bwd,
                                     ssm_step,
                                     causal_conv1d_step,
                                     ssd_step,

@@ -119,6 +119,34 @@ struct SsdStep {
   TensorView D;           // [h] or [h, p]
 };
 
+// loss_i = log Σ_j exp(scale q_i·k_j) - scale q_i·k_i, over the keys j that are not left out of query i's sum; key i
+// never is. Symmetric: the mean of that and of the same with queries and keys changing places.
+struct InfoNce {
+  int64_t batch, keys_count, dim;  // B, M >= B, D; M == B where symmetric
+  bool float64;
+  bool symmetric;
+  double scale;         // 1 / temperature
+  TensorView queries;   // [B, D]
+  TensorView keys;      // [M, D]
+  const uint8_t* mask;  // [B, M], not 0 for what is left out; null if not given
+  int64_t mask_stride[2];
+  // [B, G] and [M, G] contiguous: left out is what has the same label, of 0 or more, in any column. Null if not given.
+  const int64_t *query_labels, *key_labels;
+  int64_t label_columns;  // G
+  TensorView loss;        // [B], contiguous, float32 (float64), as all that follow
+  TensorView total;       // [], the sum of the losses
+  // [1, B], of the queries' sums; [2, B] where symmetric: the keys' second. Base 2.
+  TensorView log_sums;
+  // Gradients of `total`, where they are wanted; not where symmetric: there InfoNceBwd alone has them.
+  TensorView dqueries, dkeys;  // [B, D], [M, D]
+};
+
+struct InfoNceBwd {
+  InfoNce forward;  // log_sums are read; loss, total and gradients are not given
+  TensorView grad;  // [B], of the losses
+  TensorView dqueries, dkeys;
+};
+
 struct Kernels {
   const char* name;
   void (*ssm_scan)(const SsmScan&);
@@ -127,6 +155,8 @@ struct Kernels {
   void (*ssd_scan_bwd)(const SsdScanBwd&);
   void (*causal_conv1d)(const CausalConv1d&);
   void (*causal_conv1d_bwd)(const CausalConv1dBwd&);
+  void (*info_nce)(const InfoNce&);
+  void (*info_nce_bwd)(const InfoNceBwd&);
   void (*ssm_step)(const SsmStep&);
   void (*causal_conv1d_step)(const CausalConv1dStep&);
   void (*ssd_step)(const SsdStep&);

@@ -1,8 +1,9 @@
-// The ops of the Kernels table, each as one function that draws a case and runs it: here, in ops_ssd.h and ops_step.h.
+// The ops of the Kernels table, each as one function that draws a case and runs it: here and in ops_*.h.
 // A new op is one more function and one more line in `ops`. Truth is plain.h, or else the float64 form of the same
 // source: a wrong formula is wrong in both then, and tests/ops holds the formulas.
 #pragma once
 
+#include "ops_nce.h"
 #include "ops_ssd.h"
 #include "ops_step.h"
 
@@ -171,7 +172,9 @@ inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"ssd_step", ssd_step},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
-                         {"causal_conv1d_step", causal_conv1d_step}};
+                         {"causal_conv1d_step", causal_conv1d_step},
+                         {"info_nce", info_nce},
+                         {"info_nce_bwd", info_nce_bwd}};
 
 // Empty, or what is wrong, in one line with what was drawn; `worst` gets the error as a part of what is allowed.
 inline std::string run_case(const Op& op, const Kernels& kernels, uint64_t seed, double& worst, Coverage* coverage) {

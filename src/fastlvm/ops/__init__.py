@@ -6,6 +6,7 @@ from fastlvm.ops._native import get_num_threads, set_num_threads
 from fastlvm.ops.causal_conv1d import causal_conv1d
 from fastlvm.ops.causal_conv1d_step import causal_conv1d_step
 from fastlvm.ops.dispatch import explain
+from fastlvm.ops.info_nce import info_nce
 from fastlvm.ops.ssd_scan import ssd_scan
 from fastlvm.ops.ssd_step import ssd_step
 from fastlvm.ops.ssm_scan import ssm_scan
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv1d_step",
     "explain",
     "get_num_threads",
+    "info_nce",
     "set_num_threads",
     "ssd_scan",
     "ssd_step",

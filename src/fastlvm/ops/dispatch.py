@@ -1,7 +1,8 @@
 """The only place that knows what runs where, and why not.
 
 A backend is a module with `supports(*args) -> (ok, reason)` and `run(*args)`, both called with an op's validated arrays
-and flags in the order of its signature. The order of registration is the order in which "auto" asks.
+and flags in the order of its signature. The order of registration is the order in which "auto" asks. A backend that is
+slower than the next ones for some calls has `yields(*args)` too: why "auto" goes on to them, or "" where it stays.
 
 `FASTLVM_BACKEND` takes the place of `backend="auto"`; a backend named in a call wins over it. `FASTLVM_ISA` (scalar,
 avx2, avx512, neon) pins the instruction set of the cpu backend and is read once, when the extension is loaded.
@@ -69,12 +70,21 @@ def choose(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
             raise ValueError(f"{op}: {origin} cannot run this call: {reason}")
         return backends[wanted]
     reasons = []
+    yielding: list[ModuleType] = []
     for name, module in backends.items():
         ok, reason = module.supports(*args)
-        if ok:
+        if ok and not _yields(module, args):
             return module
+        if ok:
+            yielding.append(module)
         reasons.append(f"{name}: {reason}")
+    if yielding:
+        return yielding[0]
     raise ValueError(f"{op}: no backend can run this call ({'; '.join(reasons)})")
+
+
+def _yields(module: ModuleType, args: tuple[Any, ...]) -> str:
+    return module.yields(*args) if hasattr(module, "yields") else ""
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Verdicts:
@@ -99,5 +109,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Verdicts:
         ok, reason = module.supports(*call.values())
         if ok and pin not in ("auto", name):
             ok, reason = False, f'{PIN}={pin} pins another one; backend="{name}" would run'
-        found.append(Verdict(name, ok, module.describe() if ok else reason))
+        if ok:
+            slower = _yields(module, tuple(call.values())) if pin == "auto" else ""
+            reason = module.describe() + (f'; "auto" asks the next ones first: {slower}' if slower else "")
+        found.append(Verdict(name, ok, reason))
     return found
