@@ -193,6 +193,7 @@ class TrainingBar:
         if entry is not None:
             trained = "" if entry["train_loss"] is None else f"train loss {entry['train_loss']:.4f}  "
             figures = f"validation cosine {entry['val_cosine']:.4f}  R@5 {entry['val_r@5']:.4f}"
+            figures += f"  among unseen articles {entry['val_r@5_unseen']:.4f}"
             self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
             return
         if epoch != self._epoch:
@@ -221,10 +222,11 @@ def print_sweep(results: Sequence[Result]) -> None:
     from fastlvm.training.sweep import averages
 
     runs = Table(title="validation R@5 of the best epoch")
-    for title in ("run", "parameters", "best epoch", "R@5", "untrained", "windows/s"):
+    for title in ("run", "parameters", "best epoch", "R@5", "untrained", "unseen R@5", "untrained", "windows/s"):
         runs.add_column(title, justify="left" if title == "run" else "right")
     for one in results:
-        figures = f"{one.r5:.4f}", f"{one.start_r5:.4f}", f"{one.windows_per_s:.0f}"
+        values = one.r5, one.start_r5, one.unseen_r5, one.start_unseen_r5
+        figures = *(f"{value:.4f}" for value in values), f"{one.windows_per_s:.0f}"
         runs.add_row(one.cell.name, f"{one.parameters:,}", str(one.best_epoch), *figures)
     show(runs)
     means = Table(title="over seeds")

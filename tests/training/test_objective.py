@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastlvm.training.negatives import Batch, Negatives
-from fastlvm.training.objective import Objective, Projection, info_nce
+from fastlvm.training.objective import Objective, Projection
 from fastlvm.training.options import TrainOptions
 
 # four articles of six rows; row 20 repeats row 2
@@ -35,25 +35,6 @@ def build(**options):
 
 def objective_of(options, vectors, pool):
     return Objective(options, vectors, Negatives(options, ARTICLES, GROUPS, pool))
-
-
-def test_info_nce_is_cross_entropy():
-    q, k = predictions(5), vectors()[:9]
-    positive = torch.tensor([3, 0, 8, 1, 1])
-    expected = F.cross_entropy(q @ k.T / 0.07, positive)
-    torch.testing.assert_close(info_nce(q, k, positive, 0.07, None), expected)
-
-
-def test_masked_candidates_do_not_count_and_the_positive_always_does():
-    q, k = predictions(2), vectors()[:6]
-    positive = torch.tensor([1, 4])
-    masked = torch.zeros(2, 6, dtype=torch.bool)
-    masked[:, [1, 2, 5]] = True
-    expected = []
-    for i, keep in enumerate(([0, 1, 3, 4], [0, 3, 4])):
-        logits = q[i] @ k[keep].T / 0.1
-        expected.append(F.cross_entropy(logits, torch.tensor(keep.index(int(positive[i])))))
-    torch.testing.assert_close(info_nce(q, k, positive, 0.1, masked), torch.stack(expected).mean())
 
 
 def test_in_batch_contrastive_loss():

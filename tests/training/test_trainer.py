@@ -13,11 +13,11 @@ from fastlvm.errors import InputError, IntegrityError
 from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.models import ModelConfig, create
 from fastlvm.training import checkpoint, load_run, train
-from fastlvm.training import trainer as trainer_module
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
 from fastlvm.training.trainer import parameter_groups
+from fastlvm.training.validation import Validation
 
 from .conftest import TINY, build_payload
 
@@ -50,6 +50,7 @@ def test_files_and_history(run):
         "val_loss",
         "val_cosine",
         "val_r@5",
+        "val_r@5_unseen",
         "negatives",
         "lr",
         "time",
@@ -133,11 +134,16 @@ def test_the_seed_decides_everything(run, payload, windows, tmp_path):
     assert (tmp_path / "other/last.safetensors").read_bytes() != (out / "last.safetensors").read_bytes()
 
 
+def judge(monkeypatch, given):
+    """Make the validation R@5 of each epoch the next one of `given`."""
+    figures = lambda *_: {"val_r@5": next(given), "val_r@5_unseen": 0.0}  # noqa: E731
+    monkeypatch.setattr(Validation, "figures", figures)
+
+
 @pytest.mark.parametrize("scores, best", [([0.5, 0.5, 0.4], 0), ([0.5, 0.6, 0.6], 1)])
 def test_only_a_strictly_better_epoch_is_kept(payload, windows, tmp_path, monkeypatch, scores, best):
     given = iter([*scores, 0.1])
-    ranks = lambda *_: np.where(np.arange(100) < 100 * next(given), 1, 9)  # noqa: E731
-    monkeypatch.setattr(trainer_module, "exact_ranks", ranks)
+    judge(monkeypatch, given)
     summary = go(payload, windows, tmp_path / "run", decay=0.3)
     assert (summary.best_epoch, summary.best_r5) == (best, scores[best])
     model, config, _ = load_run(tmp_path / "run")
@@ -147,8 +153,7 @@ def test_only_a_strictly_better_epoch_is_kept(payload, windows, tmp_path, monkey
 
 def test_patience(payload, windows, tmp_path, monkeypatch):
     given = iter([0.3, 0.5, 0.4, 0.5, 0.9])
-    ranks = lambda *_: np.where(np.arange(100) < 100 * next(given), 1, 9)  # noqa: E731
-    monkeypatch.setattr(trainer_module, "exact_ranks", ranks)
+    judge(monkeypatch, given)
     summary = go(payload, windows, tmp_path / "run", decay=0.3, patience=2, epochs=9)
     assert (summary.stopped, summary.epochs, summary.best_epoch) == ("patience", 3, 1)
 

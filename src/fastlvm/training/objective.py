@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlvm.ops import info_nce
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.options import TrainOptions
 
@@ -31,18 +32,6 @@ class Projection(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(super().forward(x), dim=-1)
-
-
-def info_nce(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float, masked: Tensor | None) -> Tensor:
-    """Mean cross-entropy of each query's positive key among the unmasked keys.
-
-    queries [B, D], keys [M, D], positive int64 [B], masked bool [B, M] (the positive itself is never masked).
-    """
-    logits = queries @ keys.T / temperature  # [B, M]
-    if masked is not None:
-        masked = masked.scatter(1, positive[:, None], False)
-        logits = logits.masked_fill(masked, float("-inf"))
-    return F.cross_entropy(logits, positive)
 
 
 class Objective(nn.Module):
@@ -77,9 +66,8 @@ class Objective(nn.Module):
             queries = self.parallel[0](predicted) if self.parallel else self.projection(predicted)
             with torch.no_grad():  # the target branch teaches and does not learn
                 keys = self.projection(keys)
-        positive = torch.arange(len(predicted))
         count = float((~masked).sum()) / max(1, len(masked)) - 1
-        return info_nce(queries, keys, positive, self.options.temperature, masked), count
+        return info_nce(queries, keys, self.options.temperature, mask=masked), count
 
     def _keys(self, rows: Tensor, targets: int) -> Tensor:
         """Vectors of candidates; those of the pool are at hand."""

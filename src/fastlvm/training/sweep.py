@@ -39,7 +39,10 @@ class Cell(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run came to; r5 is validation R@5 of the best epoch, start_r5 that of the untrained model."""
+    """What a run came to; r5 is validation R@5 of the best epoch, start_r5 that of the untrained model.
+
+    unseen_r5 and start_unseen_r5: the same over the rows of articles that are not trained on alone.
+    """
 
     cell: Cell
     path: Path
@@ -47,6 +50,8 @@ class Result(NamedTuple):
     best_epoch: int
     r5: float
     start_r5: float
+    unseen_r5: float
+    start_unseen_r5: float
     windows_per_s: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,8 +129,18 @@ def _settings(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(cell: Cell, summary: RunSummary) -> Result:
-    best, start = summary.best_r5, summary.start_r5
-    return Result(cell, summary.path, summary.parameters, summary.best_epoch, best, start, summary.windows_per_s)
+    best, start = summary.history[summary.best_epoch], summary.history[0]
+    return Result(
+        cell=cell,
+        path=summary.path,
+        parameters=summary.parameters,
+        best_epoch=summary.best_epoch,
+        r5=best["val_r@5"],
+        start_r5=start["val_r@5"],
+        unseen_r5=best["val_r@5_unseen"],
+        start_unseen_r5=start["val_r@5_unseen"],
+        windows_per_s=summary.windows_per_s,
+    )
 
 
 def _apart(cell: Cell, payload: Payload, windows: Windows, out: Path, settings: Mapping[str, Any], jobs: int) -> None:

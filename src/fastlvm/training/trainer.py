@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.files import write_json
 from fastlvm.models import ModelConfig, create
 from fastlvm.training import checkpoint, curve, runs
@@ -28,6 +27,7 @@ from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions, learning_rate
 from fastlvm.training.ranks import Ranks, joined
 from fastlvm.training.step import Step
+from fastlvm.training.validation import Validation
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Space, Windows
@@ -127,9 +127,11 @@ class Trainer:
         self.vectors = runs.vectors(payload, space, path)  # float32 [N, dim]
         self.groups = np.array(payload.groups, dtype=np.int64)
         articles = torch.from_numpy(np.asarray(payload.keys[:, 0], dtype=np.int64))
-        pool = torch.from_numpy(np.flatnonzero(np.isin(payload.keys[:, 0], windows.articles("train"))))
+        trained = np.isin(payload.keys[:, 0], windows.articles("train"))
+        pool = torch.from_numpy(np.flatnonzero(trained))
         self.rows = self._rows(windows.rows("train"))  # [n, context + 1]
-        self.validation = self._rows(runs.sample(windows.rows("validation"), options.validation_limit, options.seed))
+        judged = self._rows(runs.sample(windows.rows("validation"), options.validation_limit, options.seed))
+        self.validation = Validation(self.vectors, self.groups, judged, trained)
 
         checkpoint.seed_all(options.seed)
         self.model = create(ModelConfig.from_dict(run["model"]))
@@ -253,17 +255,15 @@ class Trainer:
             model = copy.deepcopy(self.model)
             model.load_state_dict(self.average)
         model.eval()
-        batches = [Batch(rows) for rows in self.validation.split(EVAL_BATCH)]
+        batches = [Batch(rows) for rows in self.validation.rows.split(EVAL_BATCH)]
         predicted, loss, cosine = [], 0.0, 0.0
         for batch in batches:
             predicted.append(model(self.vectors[batch.context]))
             parts = self.objective(predicted[-1], batch)
             loss += float(parts.total) * len(batch.rows)
             cosine += (1 - float(parts.cosine)) * len(batch.rows)
-        rows = self.validation.numpy()
-        ranks = exact_ranks(torch.cat(predicted).numpy(), self.vectors.numpy(), rows[:, -1], rows[:, :-1], self.groups)
-        n = len(rows)
-        return {"val_loss": loss / n, "val_cosine": cosine / n, "val_r@5": float(np.mean(ranks <= 5))}
+        n = len(self.validation.rows)
+        return {"val_loss": loss / n, "val_cosine": cosine / n, **self.validation.figures(torch.cat(predicted).numpy())}
 
     def _finish_epoch(self, epoch: int, lr: float | None, started: float) -> None:
         state = self.state

@@ -1,0 +1,48 @@
+"""How well predictions find the targets of validation windows: exact search, the context left out."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from fastlvm.evaluation.metrics import exact_ranks
+
+
+class Validation:
+    """R@5 over all rows of the payload, and over those of articles that are not trained on.
+
+    The second does not rise where training merely pushes rows down that it knows.
+
+    vectors     float32 [N, dim], the payload in the space.
+    groups      int64 [N], duplicate groups.
+    rows        int64 [n, L + 1], payload rows of the windows, the target last.
+    trained     bool [N], whether a row's article is trained on.
+    """
+
+    def __init__(self, vectors: Tensor, groups: np.ndarray, rows: Tensor, trained: np.ndarray) -> None:
+        self.rows = rows
+        self._vectors, self._groups, self._windows = vectors.numpy(), groups, rows.numpy()
+        self._unseen = _Rows(self._vectors, np.flatnonzero(~trained))
+        place = np.full(len(groups), -1)
+        place[self._unseen.rows] = np.arange(len(self._unseen.rows))
+        self._places = place[self._windows]
+        # The smallest row of a group among these.
+        _, first, group = np.unique(groups[self._unseen.rows], return_index=True, return_inverse=True)
+        self._unseen_groups = first[group].astype(np.int64)
+
+    def figures(self, predicted: np.ndarray) -> dict[str, float]:
+        """predicted float32 [n, dim], of `rows`."""
+        found = exact_ranks(predicted, self._vectors, self._windows[:, -1], self._windows[:, :-1], self._groups)
+        unseen = exact_ranks(predicted, self._unseen, self._places[:, -1], self._places[:, :-1], self._unseen_groups)
+        return {"val_r@5": float(np.mean(found <= 5)), "val_r@5_unseen": float(np.mean(unseen <= 5))}
+
+
+class _Rows:
+    """Some rows of an array, read where they are asked for."""
+
+    def __init__(self, vectors: np.ndarray, rows: np.ndarray) -> None:
+        self._vectors, self.rows = vectors, rows
+        self.shape = len(rows), vectors.shape[1]
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        return self._vectors[self.rows[index]]
