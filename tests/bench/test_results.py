@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import forward_table
 import gate_table
+import quality
 import table
 from results import file_name
 
@@ -22,9 +23,14 @@ RESULTS = Path(table.__file__).parent / "results"
 def test_committed_results_print_as_committed_under_the_name_of_their_machine(path):
     data = json.loads(path.read_text(encoding="utf-8"))
     kind = path.stem.partition("-")[0]
-    print_ = {"forward": forward_table.markdown, "gate": gate_table.markdown, "kernels": table.markdown}[kind]
+    print_ = {
+        "forward": forward_table.markdown,
+        "gate": gate_table.markdown,
+        "kernels": table.markdown,
+        "quality": quality.markdown,
+    }[kind]
     assert print_(data) == path.with_suffix(".md").read_text(encoding="utf-8")
-    assert path.stem == file_name(kind, data)
+    assert path.stem == (f"quality-{data['corpus']}" if kind == "quality" else file_name(kind, data))
 
 
 @pytest.mark.parametrize(
