@@ -21,7 +21,7 @@ ARROWS = {
     "data": set(),
     "retrieval": {"data"},
     "evaluation": {"retrieval", "data"},
-    "training": {"models", "evaluation", "data", "retrieval"},
+    "training": {"models", "ops", "evaluation", "data", "retrieval"},
     "predictor": {"ops", "retrieval", "data"},  # the ops' numpy side, which is where csrc is reached
     "compat": {"ops", "models"},
 }

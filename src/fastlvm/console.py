@@ -193,7 +193,7 @@ class TrainingBar:
         if entry is not None:
             trained = "" if entry["train_loss"] is None else f"train loss {entry['train_loss']:.4f}  "
             figures = f"validation cosine {entry['val_cosine']:.4f}  R@5 {entry['val_r@5']:.4f}"
-            figures += f"  among unseen articles {entry['val_r@5_unseen']:.4f}"
+            figures += f"  unseen {entry['val_r@5_unseen']:.4f}"
             self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
             return
         if epoch != self._epoch:

@@ -234,7 +234,9 @@ def test_a_model_and_the_search_in_one_call_search_the_tail_too():
             wanted = grown.searcher.search(predicted, 12, exclude)
             assert n == 1 or (wanted[1] >= sum(SIZES)).any()
             for threads in (0, 1, 3):
-                assert same(grown.searcher.predict(model, context, 12, exclude, threads), wanted)
+                left = np.empty_like(predicted)
+                assert same(grown.searcher.predict(model, context, left, 12, exclude, threads), wanted)
+                assert left.tobytes() == predicted.tobytes()
 
 
 def test_what_is_read_grows_with_the_tail():
