@@ -192,8 +192,8 @@ class TrainingBar:
     ) -> None:
         if entry is not None:
             trained = "" if entry["train_loss"] is None else f"train loss {entry['train_loss']:.4f}  "
-            figures = f"validation cosine {entry['val_cosine']:.4f}  R@5 {entry['val_r@5']:.4f}"
-            figures += f"  unseen {entry['val_r@5_unseen']:.4f}"
+            shown = {"cosine": "val_cosine", "R@5": "val_r@5", "unseen": "val_r@5_unseen"}
+            figures = "  ".join(f"{name} {entry[key]:.4f}" for name, key in shown.items())
             self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
             return
         if epoch != self._epoch:
