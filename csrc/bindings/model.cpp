@@ -168,6 +168,7 @@ void add_layer(Builder& builder, const std::string& kind, py::handle fields, std
     return builder.recurrent(kind == "lstm", f.matrix("input"), f.matrix("recurrent"));
   if (kind == "gelu") return builder.gelu();
   if (kind == "last") return builder.last();
+  if (kind == "flatten") return builder.flatten();
   if (kind == "context") return builder.context();
   if (kind == "l2_norm") return builder.l2_norm();
   if (kind == "positions") {

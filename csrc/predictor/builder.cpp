@@ -254,6 +254,16 @@ void Builder::last() {
   add(LayerKind::last);
 }
 
+void Builder::flatten() {
+  wants_sequence();
+  const int64_t kept = context_positions_ * padded(dim_);
+  dim_ *= context_positions_;
+  sequence_ = false;
+  levels_.back().push_back({LayerKind::flatten, nullptr, dim_, state_size_, kept});
+  state_size_ += kept;
+  widest_ = std::max(widest_, dim_);
+}
+
 void Builder::begin_residual() {
   constexpr size_t deepest = 16;
   if (levels_.size() > deepest) fail("has branches within branches, more than 16 deep");

@@ -46,22 +46,52 @@ inline void l2_norm(const Rows& rows) {
   });
 }
 
-// h + Σ softmax(logits)ₜ contextₜ, of the newest positions where there are fewer. state: the last network.positions
-// rows of the context, that of position p in row p % network.positions.
+// The newest rows of every window, at most network.positions of them. state: as many rows as that are, that of
+// position p in row p % network.positions; the row that arrives is put there.
+class Newest {
+ public:
+  Newest(const Run& run, const Rows& rows, int64_t windows, float* state)
+      : rows_(rows), state_(state), seen_(run.args.seen), most_(run.args.network->positions),
+        given_(rows.count / windows) {
+    if (state) copy(state + seen_ % most_ * rows.stride(), rows.data, rows.stride());
+  }
+
+  int64_t count() const { return smaller(most_, state_ ? seen_ + 1 : given_); }
+  // `back` positions ago.
+  const float* row(int64_t window, int64_t back) const {
+    return state_ ? state_ + (seen_ - back) % most_ * rows_.stride() : rows_.row((window + 1) * given_ - 1 - back);
+  }
+
+ private:
+  const Rows& rows_;
+  float* state_;
+  int64_t seen_, most_, given_;
+};
+
+// h + Σ softmax(logits)ₜ contextₜ, of the newest positions where there are fewer.
 inline void recency_mixture(const Run& run, const Stream& s, const float* logits, const Rows& context, float* state) {
   const Scratch scratch(run);
-  const int64_t most = run.args.network->positions, width = context.stride(), given = context.count / s.windows;
-  const int64_t count = smaller(most, state ? run.args.seen + 1 : given);
-  if (state) copy(state + run.args.seen % most * width, context.data, width);
+  const Newest newest(run, context, s.windows, state);
+  const int64_t count = newest.count();
   float* const weights = run.take<float>(count);
-  copy(weights, logits + most - count, count);
+  copy(weights, logits + run.args.network->positions - count, count);
   softmax(weights, count);
   for (int64_t w = 0; w < s.windows; ++w)
-    for (int64_t back = 0; back < count; ++back) {
-      const float* const from =
-          state ? state + (run.args.seen - back) % most * width : context.row((w + 1) * given - 1 - back);
-      add_scaled(s.now.row(w), weights[count - 1 - back], from, s.now.dim);
-    }
+    for (int64_t back = 0; back < count; ++back)
+      add_scaled(s.now.row(w), weights[count - 1 - back], newest.row(w, back), s.now.dim);
+}
+
+inline void flatten(const Run& run, Stream& s, float* state) {
+  const Newest newest(run, s.now, s.windows, state);
+  const int64_t dim = s.now.dim, count = newest.count();
+  const Rows out = {s.other, s.windows, run.args.network->positions * dim};
+  each_row(s.windows, out.dim, [&](int64_t w) {
+    float* const to = out.row(w);
+    for (int64_t back = 0; back < count; ++back) copy(to + back * dim, newest.row(w, back), dim);
+    fill_zero(to + count * dim, out.stride() - count * dim);
+  });
+  s.turn(out);
+  s.positions = 1;
 }
 
 // The windows of one pass through the layers.
@@ -119,6 +149,8 @@ class Pass {
         return add_positions(&of<float>(layer), s);
       case LayerKind::last:
         return keep_newest(s);
+      case LayerKind::flatten:
+        return flatten(run_, s, state);
       case LayerKind::residual:
         return residual(of<Network>(layer), s);
       case LayerKind::context:

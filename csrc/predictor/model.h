@@ -74,6 +74,7 @@ class Builder {
   void begin_residual();
   void end_residual();
   void context();
+  void flatten();
   void recency_mixture(const float* logits, int64_t count, bool alone);
   void context_attention(const MatrixSource& query, const MatrixSource& key);
   void l2_norm();

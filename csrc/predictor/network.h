@@ -111,6 +111,7 @@ enum class LayerKind : uint8_t {
   gelu,               // nothing
   positions,          // const float [context, dim], added
   last,               // nothing: the newest position alone
+  flatten,            // nothing: all positions in one row, newest first, then zeros where some are missing
   residual,           // Network: h + layers(h)
   context,            // nothing: the stream as it is here is what the mixture mixes
   recency_mixture,    // const float [context]: h + Σ softmax(logits)ₜ contextₜ

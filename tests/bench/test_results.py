@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import forward_table
 import gate_table
 import quality
+import recipe
 import table
 from results import file_name
 
@@ -28,9 +29,10 @@ def test_committed_results_print_as_committed_under_the_name_of_their_machine(pa
         "gate": gate_table.markdown,
         "kernels": table.markdown,
         "quality": quality.markdown,
+        "recipe": recipe.markdown,
     }[kind]
     assert print_(data) == path.with_suffix(".md").read_text(encoding="utf-8")
-    assert path.stem == (f"quality-{data['corpus']}" if kind == "quality" else file_name(kind, data))
+    assert path.stem == (f"{kind}-{data['corpus']}" if kind in ("quality", "recipe") else file_name(kind, data))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ static void refusals() {
   refuses("a mixture alone of one vector", [&](Builder& b) { b.last(), b.recency_mixture(numbers.data(), 3, true); });
   refuses("a mixture added to a sequence", [&](Builder& b) { b.recency_mixture(numbers.data(), 3, false); });
   refuses("two ends of the sequence", [](Builder& b) { b.last(), b.last(); });
+  refuses("a flat context twice", [](Builder& b) { b.flatten(), b.flatten(); });
   refuses("heads that do not divide", [](Builder& b) { b.attention(2, 1), b.last(); });
 }
 

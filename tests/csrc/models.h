@@ -215,6 +215,12 @@ class RandomModel {
     });
   }
 
+  void flatten() {
+    add([](Builder& b) { b.flatten(); });
+    width_ *= positions_;
+    streams_ = false;  // a shorter context's model would be narrower from here on
+  }
+
   void context_attention() {
     const int64_t inner = size("inner");
     const MatrixSource query = weights_.matrix(inner, width_, true), key = weights_.matrix(inner, width_, true);
@@ -264,8 +270,9 @@ class RandomModel {
   }
 
   void end_of_sequence() {
-    enum { last, last_of_mamba, attended, mixed };
-    const int64_t end = draw_.pick("end of the sequence", {last, last_of_mamba, last_of_mamba, attended, mixed});
+    enum { last, last_of_mamba, attended, flat, mixed };
+    const int64_t end = draw_.pick("end of the sequence", {last, last_of_mamba, last_of_mamba, attended, flat, mixed});
+    if (end == flat) return flatten();
     if (end == attended) return context_attention();
     if (end == mixed) return mixture(true);
     if (end == last_of_mamba) mamba();

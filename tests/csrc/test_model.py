@@ -450,6 +450,8 @@ TRIPLE = ("linear", {"weight": matrix(24, 8)})
         ([LAST, POSITIONS], "takes a sequence, and one vector arrives"),
         ([LAST, ("context", {})], "takes a sequence, and one vector arrives"),
         ([LAST, LAST], "takes a sequence, and one vector arrives"),
+        ([LAST, ("flatten", {})], "takes a sequence, and one vector arrives"),
+        ([("flatten", {}), ("linear", {"weight": matrix(9, 8)})], "takes 8 features, and 24 arrive"),
         ([("recency_mixture", {"logits": VECTOR[:3]}), LAST], "adds 3 vectors of the context to one such vector"),
         ([LAST, ("recency_mixture", {"logits": VECTOR[:4]})], "adds 4 vectors of the context to one such vector"),
         ([LAST, ("recency_mixture", {"logits": W})], "logits: wants a vector"),

@@ -71,6 +71,26 @@ def test_articles_are_in_one_split_each(walk_payload, sample_windows):
         sample_windows.rows("dev")
 
 
+def test_articles_of_a_work_are_in_one_split(walk_payload):
+    works = walk_payload.keys[:, 0] // 3 + 100
+    windows = Windows.build(walk_payload, split=(0.5, 0.25, 0.25), works=works)
+    assert [len(windows.articles(split)) for split in windows.splits] == [6, 3, 3]
+    for split in windows.splits:
+        articles = windows.articles(split)
+        assert sorted(articles) == sorted(3 * work + i for work in set(articles // 3) for i in range(3))
+
+
+def test_works_that_are_no_works_are_refused(walk_payload):
+    n = len(walk_payload)
+    for works, message in (
+        (np.zeros(n - 1, int), rf"works is int64 \[{n - 1}\]"),
+        (np.zeros(n), "works is float64"),
+        (np.arange(n), "works puts article 0 into more than one work"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Windows.build(walk_payload, works=works)
+
+
 def test_the_split_is_of_the_seed(walk_payload):
     one, again, other = (Windows.build(walk_payload, seed=seed) for seed in (3, 3, 4))
     assert one.id == again.id != other.id

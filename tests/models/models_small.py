@@ -21,7 +21,7 @@ SIZES = {
 }
 LAYERS = {"mamba-h": 5, "mamba-sandwich": 12}  # as many as show the layout
 NAMES = tuple(names())
-STACKS = tuple(name for name in NAMES if name not in ("amn", "mixture"))
+STACKS = tuple(name for name in NAMES if name not in ("amn", "mixture", "mlp"))
 
 
 def build(name, seed=0, **overrides):
@@ -37,8 +37,7 @@ def awake(model, seed=0):
         torch.manual_seed(seed)
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                last = name.startswith(("head", "mlp.4"))
-                weight.add_((0.3 if last else 0.05) * torch.randn_like(weight))
+                weight.add_((0.3 if name.startswith("head") else 0.05) * torch.randn_like(weight))
     return model
 
 

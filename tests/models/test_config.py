@@ -64,11 +64,12 @@ def cells(gates, d=512):
 
 def around(blocks, d=768, dim=768, context=5):
     embed = 0 if d == dim else dim * d + d
-    return embed + blocks + d + d * dim + dim + context
+    return dim + embed + blocks + d + d * dim + dim + context
 
 
 SIZES = {
     "mixture": 5,
+    "mlp": 768 + (5 * 768 + 1) * 2048 + (2048 + 1) * 768 + 5,
     "mamba-s": around(8 * mamba(768, 128)),
     "mamba-h": around(8 * mamba(768, 128) + 2 * attention(768)),
     "mamba-xl": around(12 * mamba(960, 160, 3), 960),

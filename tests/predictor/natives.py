@@ -245,6 +245,7 @@ _TWINS = {
     layers.Positions: lambda layer, w, h, context: h + w[f"{layer.prefix}.weight"],
     blocks.ContextAttention: _context_attention,
     layers.Residual: _residual,
+    layers.Flatten: lambda layer, w, h, context: h.flip(1).flatten(1),
     layers.Last: lambda layer, w, h, context: h[:, -1],
     layers.RecencyMixture: _recency_mixture,
     layers.Mixture: _mixture,

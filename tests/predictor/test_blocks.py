@@ -111,6 +111,11 @@ ENDS = {
     "context_attention, 40 vectors": Case(
         [mamba(), {"type": "context_attention", "prefix": "c", "dim": 17, "inner": 1}, linear("l", 34, 17)], context=40
     ),
+    "flatten": Case([{"type": "flatten", "context": 5}, linear("l", 85, 17)]),
+    "flatten, one vector": Case([{"type": "flatten", "context": 1}], context=1),
+    "flatten after other layers": Case(
+        [mamba(), linear("e", 17, 20), {"type": "flatten", "context": 9}, GELU, linear("l", 180, 17)], context=9
+    ),
     "mixture": Case([{"type": "mixture", "prefix": "x", "context": 5}]),
     "mixture after other layers": Case(
         [linear("l", 17, 17), {"type": "mixture", "prefix": "x", "context": 9}, L2_NORM], context=9

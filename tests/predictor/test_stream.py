@@ -191,6 +191,16 @@ def test_beyond_its_context_a_mixture_mixes_the_newest(products):
         assert np.abs(found - right).max() <= 1e-5, t
 
 
+def test_a_flat_stream_has_the_newest_vectors_and_zeros_for_those_that_are_missing(products):
+    case = Case([linear("e", DIM, 20), {"type": "flatten", "context": 4}, GELU, linear("l", 80, DIM)], 4, DIM)
+    run = forward(case, random_weights(case.plan) | {"e.bias": np.zeros(20, np.float32)})
+    stream, vectors = Stream(run.model), random_vectors(11)
+    for t, vector in enumerate(vectors, 1):
+        context = np.zeros((1, 4, DIM), np.float32)
+        context[0, max(0, 4 - t) :] = vectors[max(0, t - 4) : t]
+        np.testing.assert_allclose(stream(vector), run(context)[0], atol=1e-5)
+
+
 def test_a_mixture_of_old_vectors_takes_the_newest_while_there_is_no_other(products):
     logits = np.zeros(LENGTH, np.float32)
     logits[-2:] = -200

@@ -12,6 +12,8 @@ TINY = {
     "n_layers": 1,
     "d_state": 4,
     "dropout": 0.2,
+    "context_dropout": 0.2,
+    "span_corruption": 0.1,
     "epochs": 3,
     "batch_size": 16,
     "lr": 3e-3,

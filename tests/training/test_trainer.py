@@ -204,10 +204,10 @@ def test_a_small_model_overfits_64_windows():
 
 def test_weight_decay_spares_norms_biases_states_and_the_mixture():
     model = create("mamba-s", vector_dim=8, d_model=16, n_layers=1, d_state=4)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, kept = parameter_groups(names, 0.5)
-    assert {names[p] for p in decayed["params"]} == {
-        f"{name}.weight"
+    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
+    groups = parameter_groups(names, TrainOptions(weight_decay=0.5))
+    assert {names[p] for group in groups if group["weight_decay"] == 0.5 for p in group["params"]} == {
+        f"model.{name}.weight"
         for name in (
             "embed",
             "blocks.0.in_proj",
@@ -218,8 +218,16 @@ def test_weight_decay_spares_norms_biases_states_and_the_mixture():
             "head",
         )
     }
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+
+
+def test_the_head_has_a_learning_rate_of_its_own():
+    model = create("mlp", vector_dim=8, d_ff=16)
+    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
+    for group in parameter_groups(names, TrainOptions(lr=0.5, head_lr=0.1)):
+        for p in group["params"]:
+            assert group["lr"] == pytest.approx(0.05 if names[p].startswith("model.head") else 0.5)
 
 
 def test_a_folder_in_use_is_refused(run, payload, windows):

@@ -85,12 +85,15 @@ class Windows:
         context: int = 5,
         split: Sequence[float] = (0.8, 0.1, 0.1),
         seed: int = 0,
+        *,
+        works: np.ndarray | None = None,
     ) -> Windows:
         """Every run of context + 1 consecutive chunks of one article, in key order.
 
         split: fractions of the *articles* that have a window, for train, validation and test. The articles are ordered
         by a hash of seed and number; a split whose fraction is above 0 gets at least one where there are enough.
-        Raises InputError for bad arguments, or a payload without a single window.
+        works: int [N], the work that each row of the payload belongs to, say the novel of a chapter: all articles of a
+        work are then in one split, and the fractions are of works. Raises InputError for bad arguments, or a payload without a single window.
         """
         if isinstance(context, bool) or not isinstance(context, (int, np.integer)) or context < 1:
             raise InputError(f"context is {context!r}, and wants a whole number of chunks from 1")
@@ -106,7 +109,7 @@ class Windows:
             )
         rows = starts[:, None] + np.arange(context + 1)
         truth = payload.keys[rows[:, -1]]
-        codes = split_articles(truth[:, 0], fractions, seed)
+        codes = split_articles(truth[:, 0] if works is None else _works(works, payload)[rows[:, -1]], fractions, seed)
         return cls(payload.id, rows, truth, codes, seed=int(seed), fractions=fractions, source="fastlvm windows build")
 
     def _of(self, split: str) -> np.ndarray:
@@ -267,3 +270,14 @@ def _read_meta(archive: npz.Archive) -> dict[str, Any]:
     if meta.get("splits") != list(SPLITS) or not isinstance(meta.get("fractions"), (list, type(None))):
         raise IntegrityError(f"{where} names other splits than {', '.join(SPLITS)}: build the windows again")
     return meta
+
+
+def _works(works: np.ndarray, payload: Payload) -> np.ndarray:
+    found = np.asarray(works)
+    if found.shape != (len(payload),) or not np.issubdtype(found.dtype, np.integer):
+        raise InputError(f"works is {found.dtype} {list(found.shape)}, and wants an integer per row, [{len(payload)}]")
+    pairs = np.unique(np.column_stack([payload.keys[:, 0], found]), axis=0)
+    twice = pairs[1:, 0][pairs[1:, 0] == pairs[:-1, 0]]
+    if len(twice):
+        raise InputError(f"works puts article {twice[0]} into more than one work: give all of its rows the same number")
+    return found

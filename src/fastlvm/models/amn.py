@@ -46,17 +46,16 @@ class Amn(Model):
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1])
+        self.mlp = nn.Sequential(*layers[:-2])
+        self.head = nn.Linear(sizes[-2], dim)
         self.dropout = nn.Dropout(config.dropout)
         if config.residual:
-            last = self.mlp[-1]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        y = self.dropout(self.mlp(self.pool(x)))
+        y = self.head(self.dropout(self.mlp(self.pool(x))))
         if self.mixture is not None:
             y = self.mixture(x) + y
         return F.normalize(y, dim=-1)
@@ -68,6 +67,7 @@ class Amn(Model):
         ]
         for i, layer in enumerate(self.mlp):
             found.append(linear(layer, f"mlp.{i}") if isinstance(layer, nn.Linear) else {"type": "gelu"})
+        found.append(linear(self.head, "head"))
         if self.mixture is not None:
             found.append(self.mixture.describe("mixture"))
         return [*found, {"type": "l2_norm"}]

@@ -14,6 +14,7 @@ STACK = "fastlvm.models.stack:Stack"
 # name -> (module:class that builds it, the fields in which it differs from ModelConfig's defaults)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixture": ("fastlvm.models.mixture:Mixture", {}),
+    "mlp": ("fastlvm.models.mlp:Mlp", {}),
     "mamba-s": (STACK, {}),
     "mamba-h": (STACK, {"n_layers": 10, "layout": "mamba mamba mamba attention"}),
     "mamba-xl": (STACK, {"d_model": 960, "n_layers": 12, "d_state": 160, "expand": 3}),
@@ -48,10 +49,10 @@ class ModelConfig:
     dt_rank     mamba: rank of the step-size projection; None becomes ceil(d_model / 16).
     head_dim    mamba2: channels of a head.
     heads, window    attention: heads, and how many positions one sees; None is all of the context.
-    d_ff        mlp and amn: width of the first hidden layer.
+    d_ff        the block mlp, and the models mlp and amn: width of the first hidden layer.
     hidden      gate: cells of the GRU; amn: length of query and keys, and of the second hidden layer.
     positions   a learned vector a position is added to the input.
-    dropout     on each block's output, while training.
+    dropout     on the input and on each block's output, while training.
     context     most positions a context holds.
     residual    the head is added to a learned recency mixture of the context; without it the head stands alone.
     decay       the mixture's weights start at decay ** age, the newest position having age 0.
@@ -73,7 +74,7 @@ class ModelConfig:
     d_ff: int = 2048
     hidden: int = 256
     positions: bool = False
-    dropout: float = 0.1
+    dropout: float = 0.3
     context: int = 5
     residual: bool = True
     decay: float = 0.3

@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 
 class Stack(Model):
-    """y = normalize(mixture(x) + head(norm(blocks(embed(x))))) at the newest position.
+    """y = normalize(mixture(x) + head(norm(blocks(embed(norm(x)))))) at the newest position.
 
     The head starts at zero, so an untrained model is the recency mixture itself and training can only move away from
     it: on real articles a head that stands alone (`residual=False`) lost to copying the last vector.
@@ -45,6 +45,7 @@ class Stack(Model):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mixture = RecencyMixture(config.context, config.decay) if config.residual else None
+        self.input = RMSNorm(config.vector_dim, config.norm_eps)
         same = config.d_model == config.vector_dim
         self.embed: nn.Module = nn.Identity() if same else nn.Linear(config.vector_dim, config.d_model)
         self.positions = nn.Embedding(config.context, config.d_model) if config.positions else None
@@ -60,7 +61,7 @@ class Stack(Model):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        h = self.embed(x)  # [B, L, d_model]
+        h = self.embed(self.dropout(self.input(x)))  # [B, L, d_model]
         if self.positions is not None:
             h = h + self.positions.weight[: h.shape[1]]
         for block in self.blocks:
@@ -80,7 +81,7 @@ class Stack(Model):
     def step(self, x: Tensor, state: State) -> Tensor:
         recent = state.recent.push(x)
         self.check(recent)
-        h = self.embed(x)
+        h = self.embed(self.input(x))
         if self.positions is not None:
             h = h + self.positions.weight[state.seen[0]]
         state.seen[0] += 1
@@ -93,7 +94,7 @@ class Stack(Model):
 
     def describe(self) -> list[dict[str, Any]]:
         config = self.config
-        found: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = [self.input.describe("input")]
         if isinstance(self.embed, nn.Linear):
             found.append(linear(self.embed, "embed"))
         if self.positions is not None:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from fastlvm.predictor.layers import (
+    Flatten,
     Gelu,
     L2Norm,
     Last,
@@ -288,6 +289,7 @@ LAYERS: dict[str, type[Layer]] = {
     "context_attention": ContextAttention,
     "residual": Residual,
     "last": Last,
+    "flatten": Flatten,
     "recency_mixture": RecencyMixture,
     "mixture": Mixture,
     "l2_norm": L2Norm,

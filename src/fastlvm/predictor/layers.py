@@ -150,6 +150,22 @@ class Last(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Flatten(Layer):
+    """[n, positions, dim] → [n, context · dim]: all positions in one row, newest first, zeros where some are missing."""
+
+    context: int
+
+    def after(self, shape: Shape, context: Shape) -> Shape:
+        takes_sequence(shape)
+        if self.context != shape.positions:
+            raise ValueError(f"has {self.context} positions, and {shape.positions} arrive")
+        return Shape(None, self.context * shape.dim)
+
+    def native(self, weights: Weights) -> Native:
+        return "flatten", {}
+
+
+@dataclasses.dataclass(frozen=True)
 class RecencyMixture(Layer):
     """h + Σ softmax(logits)ₜ · contextₜ, oldest position first: the stream becomes a correction of that mixture."""
 

@@ -27,6 +27,8 @@ class TrainOptions:
                        and squared error alone).
     space              "whiten": mean and whitening fitted on the training articles; "none": vectors as they are.
     epochs, batch_size, lr, weight_decay, clip, seed    as usual; lr is the peak, clip the gradient norm's bound.
+    head_lr            the learning rate of a model's last layer, in units of lr: its outputs, the components of a unit
+                       vector, are small beside all activations before it.
     warmup_steps       optimizer steps of linear warm-up, then a cosine down to 1 % of lr at the last step.
     patience           epochs without a better validation R@5 after which the run stops; 0 never stops early.
     projection         where InfoNCE is taken: "none" on the model's output, "mlp" behind a projection head.
@@ -54,24 +56,25 @@ class TrainOptions:
 
     objective: str = "contrastive"
     space: str = "whiten"
-    epochs: int = 20
-    batch_size: int = 256
+    epochs: int = 8
+    batch_size: int = 512
     micro_batch: int = 0
-    lr: float = 1e-4
+    lr: float = 3e-4
+    head_lr: float = 0.05
     weight_decay: float = 0.02
-    warmup_steps: int = 100
-    patience: int = 4
+    warmup_steps: int = 50
+    patience: int = 3
     clip: float = 1.0
     seed: int = 0
     projection: str = "none"
     negatives: str = "payload"
     queue: int = 0
     hard_negatives: str = ""
-    false_negatives: str = "article"
-    temperature: float = 0.07
+    false_negatives: str = "group"
+    temperature: float = 0.05
     infonce_weight: float = 0.7
-    context_dropout: float = 0.2
-    span_corruption: float = 0.1
+    context_dropout: float = 0.0
+    span_corruption: float = 0.0
     reverse: bool = False
     precision: str = "fp32"
     compile: bool = False
@@ -110,7 +113,7 @@ class TrainOptions:
         self._check_negatives()
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
-        for field, least_open in (("lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
+        for field, least_open in (("lr", True), ("head_lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
             value = getattr(self, field)
             if not _is_real(value) or value < 0 or (least_open and value == 0):
                 raise InputError(f"{field} is {value!r}, and it has to be {'above' if least_open else 'at least'} 0")

@@ -145,7 +145,7 @@ class Trainer:
             seed=options.seed + 1,
         )
         self.names = self._names()
-        groups = parameter_groups(self.names, options.weight_decay)
+        groups = parameter_groups(self.names, options)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
         self.average = copy.deepcopy(self.model.state_dict()) if options.ema else None
         self.best: dict[str, Tensor] = {}
@@ -216,7 +216,7 @@ class Trainer:
         options, state = self.options, self.state
         lr = learning_rate(state.step, self.steps * options.epochs, options)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         begun = time.perf_counter()
         rows = batch.everyone[:, :-1]  # noise is drawn for all, so that it does not depend on the number of processes
         context = self.augment(self.vectors[rows], self.vectors, rows)[batch.own]
@@ -372,8 +372,17 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def parameter_groups(names: dict[nn.Parameter, str], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave norms, biases, A_log, D, the mixture's logits and other vectors alone."""
-    decayed = [p for p, name in names.items() if p.ndim > 1 and not name.endswith("A_log")]
-    kept = [p for p, name in names.items() if p.ndim <= 1 or name.endswith("A_log")]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+def parameter_groups(names: dict[nn.Parameter, str], options: TrainOptions) -> list[dict[str, Any]]:
+    """Decay matrices; leave norms, biases, A_log, D, the mixture's logits and other vectors alone.
+
+    `share` of a group is its learning rate in units of the options' lr.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, name in names.items():
+        share = options.head_lr if name.startswith("model.head.") else 1.0
+        decay = options.weight_decay if parameter.ndim > 1 and not name.endswith("A_log") else 0.0
+        groups.setdefault((share, decay), []).append(parameter)
+    return [
+        {"params": found, "share": share, "weight_decay": decay, "lr": share * options.lr}
+        for (share, decay), found in groups.items()
+    ]
