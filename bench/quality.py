@@ -33,7 +33,7 @@ BUILD = Path(__file__).parents[1] / "build" / "quality"
 RESULTS = Path(__file__).with_name("results")
 BY_WORK = "-by-work"
 SPLIT = (0.7, 0.1, 0.2)
-OPTIONS: dict[str, Any] = {"precision": "bf16", "epochs": 6, "patience": 3}
+OPTIONS: dict[str, Any] = {"precision": "bf16"}
 OBJECTIVES = ("contrastive", "ar")
 SHOWN = tuple(metric for metric in METRICS if metric != "Eff@5")
 

@@ -45,6 +45,7 @@ def test_state_dict_names_and_shapes():
     found = {name: tuple(weight.shape) for name, weight in build(n_layers=1).state_dict().items()}
     assert found == {
         "mixture.logits": (5,),
+        "input.weight": (12,),
         "embed.weight": (16, 12),
         "embed.bias": (16,),
         "blocks.0.norm.weight": (16,),
@@ -85,7 +86,7 @@ def test_output_is_the_formula():
     """Against a loop over time written out from the published equations."""
     model = awake(build())
     x = contexts()
-    h = model.embed(x)
+    h = model.embed(x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * model.input.weight)
     for block in model.blocks:
         n = h / torch.sqrt((h**2).mean(-1, keepdim=True) + 1e-5) * block.norm.weight
         u, z = (n @ block.in_proj.weight.T).chunk(2, dim=-1)

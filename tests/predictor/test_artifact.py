@@ -32,6 +32,7 @@ def test_config_says_what_it_is(artifact, payload, space, windows, model):
     assert config["windows_id"] == windows.id
     assert config["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert [layer["type"] for layer in config["layers"]] == [
+        "rms_norm",
         "linear",
         "mamba_block",
         "mamba_block",
@@ -168,7 +169,7 @@ def layers_with(copy, number, **values):
         ({"version": 2}, InputError, "version 2, and this fastlvm reads version 1"),
         ({"precision": "int4"}, InputError, "precision 'int4', and this version runs fp32, bf16, int8"),
         ({"precision": ["fp32"]}, InputError, "precision"),
-        ({"context": 4}, InputError, "layer 6"),
+        ({"context": 4}, InputError, "layer 7"),
         ({"context": 5.0}, IntegrityError, "lacks"),
         ({"dim": "32"}, IntegrityError, "lacks"),
         ({"payload_id": None}, IntegrityError, "lacks"),
@@ -185,14 +186,14 @@ def test_a_changed_config_under_a_fresh_checksum(copy, changes, error, says):
 
 
 def test_an_unknown_layer_names_what_this_version_knows(copy):
-    edit_config(copy, layers=layers_with(copy, 1, type="local_attention"))
-    refused(copy, InputError, "layer 1 has type 'local_attention', and this version knows linear, .*l2_norm")
-    edit_config(copy, layers=layers_with(copy, 1, type="mamba_block", d_conv=0))
-    refused(copy, InputError, "layer 1 .* has d_conv = 0, and a whole number .* is wanted.*export the artifact again")
+    edit_config(copy, layers=layers_with(copy, 2, type="local_attention"))
+    refused(copy, InputError, "layer 2 has type 'local_attention', and this version knows linear, .*l2_norm")
+    edit_config(copy, layers=layers_with(copy, 2, type="mamba_block", d_conv=0))
+    refused(copy, InputError, "layer 2 .* has d_conv = 0, and a whole number .* is wanted.*export the artifact again")
 
 
 def test_another_architecture_over_the_same_weights(copy):
-    edit_config(copy, layers=layers_with(copy, 1, d_state=12))
+    edit_config(copy, layers=layers_with(copy, 2, d_state=12))
     refused(copy, says=r"x_proj.weight has shape \[29, 96\], and \[27, 96\] is wanted")
 
 

@@ -170,7 +170,7 @@ QUIET = {"dropout": 0.0, "context_dropout": 0.0, "span_corruption": 0.0}
         {"space": "none", "residual": False},
         {"objective": "infonce", "negatives": "batch", "false_negatives": "group", "queue": 4},
         {"negatives": "batch", "hard_negatives": "same-article:2"},
-        {"hard_negatives": "index:3"},
+        {"hard_negatives": "index:3", "false_negatives": "article"},
         {"precision": "bf16"},
         {"micro_batch": 10, "negatives": "batch", "false_negatives": "group"},
         {"reverse": True, "deterministic": True},

@@ -56,7 +56,7 @@ class TrainOptions:
 
     objective: str = "contrastive"
     space: str = "whiten"
-    epochs: int = 8
+    epochs: int = 5
     batch_size: int = 512
     micro_batch: int = 0
     lr: float = 3e-4
