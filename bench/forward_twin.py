@@ -17,13 +17,13 @@ class Twin(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.embed, self.norm, self.head = model.embed, model.norm, model.head
+        self.input, self.embed, self.norm, self.head = model.input, model.embed, model.norm, model.head
         self.blocks = nn.ModuleList(_Block(block) for block in model.blocks)
         with torch.no_grad():
             self.register_buffer("weights", model.mixture.weights(model.config.context)[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)  # [n, L, d_model]
+        h = self.embed(self.input(x))  # [n, L, d_model]
         for block in self.blocks:
             h = h + block(h)
         y = self.head(self.norm(h[:, -1])) + (x * self.weights).sum(dim=1)

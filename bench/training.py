@@ -83,8 +83,8 @@ class Training:
         own = torch.arange(len(vectors))
         objective = Objective(options, vectors, Negatives(options, own, own, own))
         self.batch, self.context = Batch(rows), vectors[rows[:, :-1]]
-        self.parameters = {parameter: name for name, parameter in model.named_parameters()}
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.parameters, 0.02), lr=1e-4, fused=True)
+        self.parameters = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.parameters, options), fused=True)
         self._step = Step(model, objective, options, Ranks())
         self._generator, self._clip = torch.Generator(), options.clip
 
