@@ -27,7 +27,7 @@ from fastlvm.evaluation.metrics import METRICS
 from fastlvm.files import atomic_file, write_json
 from fastlvm.models import names
 from fastlvm.training.sweep import Result, sweep
-from table import figure, section
+from table import section
 
 BUILD = Path(__file__).parents[1] / "build" / "quality"
 RESULTS = Path(__file__).with_name("results")
@@ -80,7 +80,8 @@ def judge(name: str, found: dict[str, Result]) -> Report:
 def kept(name: str, report: Report, found: dict[str, Result]) -> dict[str, Any]:
     """What stays of a comparison, as JSON."""
     about = {"corpus": name, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
-    runs = {called: {**result.to_dict(), "path": None} for called, result in found.items()}
+    left_out = {"path": None, "windows_per_s": None}  # runs may share the machine; bench/training.py measures
+    runs = {called: {**result.to_dict(), **left_out} for called, result in found.items()}
     return {**about, "report": report.to_dict(), "runs": runs}
 
 
@@ -91,7 +92,7 @@ def markdown(data: dict[str, Any]) -> str:
         run = data["runs"].get(row.name)
         own = [_shown(row.excluded[metric].value) for metric in SHOWN]
         if run is None:
-            rows.append((f"*{row.name}*", *own, *[""] * 6))
+            rows.append((f"*{row.name}*", *own, *[""] * 5))
             continue
         gain = report.difference(row.name, "whitened mixture").metrics["R@5"]
         rows.append(
@@ -103,7 +104,6 @@ def markdown(data: dict[str, Any]) -> str:
                 str(run["best_epoch"]),
                 f"{run['r5']:.4f} ({run['start_r5']:.4f})",
                 f"{run['unseen_r5']:.4f} ({run['start_unseen_r5']:.4f})",
-                figure(run["windows_per_s"]) if run["windows_per_s"] else "",
             )
         )
     heads = (
@@ -114,7 +114,6 @@ def markdown(data: dict[str, Any]) -> str:
         "epoch kept",
         "validation R@5 (untrained)",
         "among unseen articles",
-        "windows/s",
     )
     options = ", ".join(f"{key} {value}" for key, value in data["options"].items())
     about = f"{report.title()}; {data['machine']}; {data['date']}. Options: {options}. Baselines in italics."

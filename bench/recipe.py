@@ -84,7 +84,7 @@ def kept(name: str, model: str) -> dict[str, Any]:
 
 
 def _figures(result: Result, windows: int) -> dict[str, Any]:
-    return {**result.to_dict(), "path": None, "windows": windows}
+    return {**result.to_dict(), "path": None, "windows_per_s": None, "windows": windows}
 
 
 def markdown(data: dict[str, Any]) -> str:

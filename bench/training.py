@@ -25,13 +25,15 @@ from torch import Tensor
 import fastlvm
 from fastlvm.evaluation.latency import machine
 from fastlvm.files import write_json
-from fastlvm.models import create, ssm
+from fastlvm.models import create, names, ssm
+from fastlvm.predictor.forward import Forward
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
 from fastlvm.training.ranks import Ranks
 from fastlvm.training.step import Step
 from fastlvm.training.trainer import parameter_groups
+from forward_models import forward
 
 SIZES = {
     "d 256, 4 layers, N 64": {"d_model": 256, "n_layers": 4, "d_state": 64},
@@ -73,11 +75,11 @@ def scanning(name: str) -> Iterator[None]:
 class Training:
     """One step after the other of a model from its start."""
 
-    def __init__(self, name: str, size: dict[str, int], batch: int) -> None:
+    def __init__(self, name: str, size: dict[str, int], batch: int, preset: str = "mamba-s") -> None:
         self.name, self.seconds = name, list[float]()
         torch.manual_seed(0)
         options = TrainOptions(negatives="batch", precision="bf16" if name == BF16 else "fp32")
-        model = create("mamba-s", vector_dim=DIM, **size).train()
+        model = create(preset, vector_dim=DIM, **size).train()
         rows = torch.arange(batch * (CONTEXT + 1)).reshape(batch, CONTEXT + 1)
         vectors = F.normalize(torch.randn(rows.numel(), DIM), dim=-1)
         own = torch.arange(len(vectors))
@@ -123,6 +125,32 @@ def run(size: dict[str, int], batch: int, rounds: int, threads: int, reference: 
     return found
 
 
+def every_preset(batch: int, rounds: int, threads: int) -> None:
+    """Prints of every preset as it is: parameters, windows a second in bf16, and the native predictor's one context."""
+    torch.set_num_threads(threads)
+    fastlvm.set_num_threads(threads)
+    print(f"{'':<16}{'parameters':>12}{'windows/s':>11}{'int8, ms':>10}{'bf16, ms':>10}")
+    for name in names():
+        training = Training(BF16, {}, batch, name)
+        training.step()
+        for _ in range(rounds):
+            training.time()
+        count = sum(parameter.numel() for parameter in training.parameters)
+        latencies = [_milliseconds(forward(name, precision)) for precision in ("int8", "bf16")]
+        rate = batch / float(np.median(training.seconds))
+        print(f"{name:<16}{count:>12,}{rate:>11.0f}" + "".join(f"{ms:>10.3f}" for ms in latencies), flush=True)
+
+
+def _milliseconds(run: Forward, calls: int = 300) -> float:
+    """The median of consecutive calls with one context."""
+    context, seconds = np.zeros((1, CONTEXT, DIM), np.float32) + np.float32(DIM**-0.5), []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run(context)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds[calls // 10 :]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1024)
@@ -130,9 +158,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=fastlvm.get_num_threads())
     parser.add_argument("--size", choices=SIZES, action="append", help="one of the sizes; both when absent")
     parser.add_argument("--no-reference", action="store_true", help="leave out the reference scan, which takes minutes")
+    parser.add_argument("--presets", action="store_true", help="every preset as it is instead, its latency beside it")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     print(f"{machine()}; {given.threads} threads; batch {given.batch}; {date.today().isoformat()}")
+    if given.presets:
+        return every_preset(given.batch, given.rounds, given.threads)
     tables = {}
     for name in given.size or SIZES:
         tables[name] = run(SIZES[name], given.batch, given.rounds, given.threads, not given.no_reference)
