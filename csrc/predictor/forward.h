@@ -51,7 +51,10 @@ inline void l2_norm(const Rows& rows) {
 class Newest {
  public:
   Newest(const Run& run, const Rows& rows, int64_t windows, float* state)
-      : rows_(rows), state_(state), seen_(run.args.seen), most_(run.args.network->positions),
+      : rows_(rows),
+        state_(state),
+        seen_(run.args.seen),
+        most_(run.args.network->positions),
         given_(rows.count / windows) {
     if (state) copy(state + seen_ % most_ * rows.stride(), rows.data, rows.stride());
   }

@@ -93,7 +93,8 @@ class Windows:
         split: fractions of the *articles* that have a window, for train, validation and test. The articles are ordered
         by a hash of seed and number; a split whose fraction is above 0 gets at least one where there are enough.
         works: int [N], the work that each row of the payload belongs to, say the novel of a chapter: all articles of a
-        work are then in one split, and the fractions are of works. Raises InputError for bad arguments, or a payload without a single window.
+        work are then in one split, and the fractions are of works.
+        Raises InputError for bad arguments, or a payload without a single window.
         """
         if isinstance(context, bool) or not isinstance(context, (int, np.integer)) or context < 1:
             raise InputError(f"context is {context!r}, and wants a whole number of chunks from 1")

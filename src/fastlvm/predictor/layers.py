@@ -151,7 +151,7 @@ class Last(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class Flatten(Layer):
-    """[n, positions, dim] → [n, context · dim]: all positions in one row, newest first, zeros where some are missing."""
+    """[n, positions, dim] → [n, context · dim]: all positions in a row, newest first; zeros where some are missing."""
 
     context: int
 

@@ -113,7 +113,13 @@ class TrainOptions:
         self._check_negatives()
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
-        for field, least_open in (("lr", True), ("head_lr", True), ("clip", True), ("temperature", True), ("weight_decay", False)):
+        for field, least_open in (
+            ("lr", True),
+            ("head_lr", True),
+            ("clip", True),
+            ("temperature", True),
+            ("weight_decay", False),
+        ):
             value = getattr(self, field)
             if not _is_real(value) or value < 0 or (least_open and value == 0):
                 raise InputError(f"{field} is {value!r}, and it has to be {'above' if least_open else 'at least'} 0")
