@@ -11,7 +11,7 @@ import torch
 import fastlvm
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.predictor import blocks
+from fastlvm.predictor import layers
 from fastlvm.predictor.export import AGREEMENT
 from fastlvm.retrieval import Index
 
@@ -178,7 +178,10 @@ def test_a_model_with_weights_its_layers_do_not_name(tmp_path, index):
 
 
 def test_a_forward_that_differs_from_the_model_is_refused(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(blocks, "_negative_exp", lambda A_log: -A_log)
+    def native(layer, weights):
+        return "recency_mixture", {"logits": -weights[f"{layer.prefix}.logits"]}
+
+    monkeypatch.setattr(layers.RecencyMixture, "native", native)
     refused(
         IntegrityError, "predicts at a cosine of 0.* nothing was written", tmp_path / "a", make_model(), index=index
     )
