@@ -120,6 +120,13 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n\n".join([about, section("Test", heads, rows)]) + "\n"
 
 
+def keep(name: str, data: dict[str, Any], tables: str) -> None:
+    """Both forms of a result, in bench/results/."""
+    write_json(RESULTS / f"{name}.json", data)
+    with atomic_file(RESULTS / f"{name}.md") as temporary:
+        temporary.write_text(tables, encoding="utf-8")
+
+
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if value < 1 else f"{value:.0f}"
 
@@ -141,9 +148,7 @@ def main() -> None:
     data = kept(given.corpus, judge(given.corpus, found), found)
     print(markdown(data))
     if given.keep:
-        write_json(RESULTS / f"quality-{given.corpus}.json", data)
-        with atomic_file(RESULTS / f"quality-{given.corpus}.md") as temporary:
-            temporary.write_text(markdown(data), encoding="utf-8")
+        keep(f"quality-{given.corpus}", data, markdown(data))
 
 
 if __name__ == "__main__":

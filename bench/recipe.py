@@ -16,10 +16,9 @@ import numpy as np
 
 import fastlvm
 from fastlvm.evaluation.latency import machine
-from fastlvm.files import atomic_file, write_json
 from fastlvm.models import names
 from fastlvm.training.sweep import Result, sweep
-from quality import BUILD, OPTIONS, RESULTS, corpus
+from quality import BUILD, OPTIONS, corpus, keep
 from table import section
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -118,9 +117,7 @@ def main() -> None:
     data = kept(given.corpus, given.model)
     print(markdown(data))
     if given.keep:
-        write_json(RESULTS / f"recipe-{given.corpus}.json", data)
-        with atomic_file(RESULTS / f"recipe-{given.corpus}.md") as temporary:
-            temporary.write_text(markdown(data), encoding="utf-8")
+        keep(f"recipe-{given.corpus}", data, markdown(data))
 
 
 if __name__ == "__main__":
