@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from fastlvm.data import Windows
@@ -297,3 +298,13 @@ def test_decay_is_fitted_on_training_windows(tmp_path):
     )
     windows = Windows.build(payload, split=(0.8, 0.1, 0.1))
     assert 0.4 <= fit_decay(payload, windows.rows("train"), Space.identity(64)) <= 0.8
+
+
+def test_a_run_moves_the_head_at_its_own_rate(payload, windows, tmp_path):
+    """AdamW's first steps are as long as the learning rate, whatever the gradient."""
+    moved = {}
+    for share in (1.0, 0.01):
+        go(payload, windows, tmp_path / str(share), epochs=1, head_lr=share, clip=1e9)
+        head = load_file(tmp_path / str(share) / "last.safetensors")["model.head.weight"]
+        moved[share] = float(head.abs().mean())  # it starts at zero
+    assert 0 < moved[0.01] < 0.05 * moved[1.0]
