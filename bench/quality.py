@@ -1,10 +1,10 @@
 """Every model against the mixture on real articles: `FASTLVM_DATA=… python bench/quality.py --corpus sotu`.
 
-A run of each model and objective on the training articles, kept by validation R@5; then all of them and the baselines
-on the same test windows, exact search over the whole corpus, context rows left out. Runs lie below build/quality/ and
-are gone on with where they stopped, so that models can be added one at a time. Windows are split by article (70, 10 and
-20 %), seed 0; with --corpus novels-by-work, by novel, so that no test novel has a chapter in training. The options that
-are not the trainer's defaults were chosen on validation articles, for all models alike.
+A run of each model, objective and seed asked for on the training articles, kept by validation R@5; then every run there
+is and the baselines on the same test windows, exact search over the whole corpus, context rows left out. Runs lie below
+build/quality/ and are gone on with where they stopped, so that models can be added one at a time. Windows are split by
+article (70, 10 and 20 %), seed 0; with --corpus novels-by-work, by novel, so that no test novel has a chapter in
+training. The options that are not the trainer's defaults were chosen on validation articles, for all models alike.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import fastlvm
 from fastlvm import workflow
 from fastlvm.evaluation import Report
 from fastlvm.evaluation.latency import machine
 from fastlvm.evaluation.metrics import METRICS
-from fastlvm.files import atomic_file, write_json
-from fastlvm.models import names
-from fastlvm.training.sweep import Result, sweep
+from fastlvm.files import atomic_file, read_json, write_json
+from fastlvm.models import ModelConfig, create, names
+from fastlvm.training import TrainOptions
+from fastlvm.training.sweep import sweep
 from table import section
 
 BUILD = Path(__file__).parents[1] / "build" / "quality"
@@ -36,6 +39,7 @@ SPLIT = (0.7, 0.1, 0.2)
 OPTIONS: dict[str, Any] = {"precision": "bf16"}
 OBJECTIVES = ("contrastive", "ar")
 SHOWN = tuple(metric for metric in METRICS if metric != "Eff@5")
+SEEDED = ("R@1", "R@5", "MRR@10", "Contain@50")
 
 
 def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows]:
@@ -60,33 +64,69 @@ def titles(path: Path) -> np.ndarray:
     return np.unique(found, return_inverse=True)[1]
 
 
-def train(name: str, models: list[str], objective: str, seeds: list[int]) -> list[Result]:
+def train(name: str, models: list[str], objective: str, seeds: list[int]) -> None:
     payload, windows = corpus(name)
     given = {**OPTIONS, "objective": objective}
-    return sweep(models, payload, windows, BUILD / name / objective, seeds=seeds, progress=_started, **given)
+    sweep(models, payload, windows, BUILD / name / objective, seeds=seeds, progress=_started, **given)
 
 
 def _started(cell: Any) -> None:
     print(cell.name, flush=True)
 
 
-def judge(name: str, found: dict[str, Result]) -> Report:
-    """The runs, by what to call them, and the baselines on the test windows."""
+def done(name: str) -> dict[str, Path]:
+    """Every run of a corpus with today's options that came to its end, by what to call it."""
+    found = {}
+    for objective in OBJECTIVES:
+        for path in sorted((BUILD / name / objective).glob("*/history.json")):
+            run = path.parent
+            config, history = read_json(run / "config.json"), read_json(path)
+            options = TrainOptions.from_dict(config["training"])
+            wanted = TrainOptions(**{**OPTIONS, "objective": objective, "seed": options.seed})
+            last, best = history[-1]["epoch"], _best(history)["epoch"]
+            if options == wanted and (last == options.epochs or last - best >= options.patience):
+                seed = f", seed {options.seed}" if options.seed else ""
+                found[f"{config['model']['name']}, {objective}{seed}"] = run
+    return found
+
+
+def judge(name: str, found: dict[str, Path]) -> dict[str, Any]:
+    """The runs, by what to call them, and the baselines on the test windows, as JSON."""
     payload, windows = corpus(name)
-    paths = [result.path for result in found.values()]
-    return workflow.evaluate_paths(paths, payload, windows, split="test", name=name, names=list(found), say=print)
-
-
-def kept(name: str, report: Report, found: dict[str, Result]) -> dict[str, Any]:
-    """What stays of a comparison, as JSON."""
+    paths, called = list(found.values()), list(found)
+    report = workflow.evaluate_paths(paths, payload, windows, split="test", name=name, names=called, say=print)
     about = {"corpus": name, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
-    left_out = {"path": None, "windows_per_s": None}  # runs may share the machine; bench/training.py measures
-    runs = {called: {**result.to_dict(), **left_out} for called, result in found.items()}
-    return {**about, "report": report.to_dict(), "runs": runs}
+    return {**about, "report": report.to_dict(), "runs": {own: _run(path) for own, path in found.items()}}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What training came to, without its speed: runs may share the machine, and bench/training.py measures."""
+    config, history = read_json(path / "config.json"), read_json(path / "history.json")
+    best, start = _best(history), history[0]
+    return {
+        "model": config["model"]["name"],
+        "objective": config["training"]["objective"],
+        "seed": config["training"]["seed"],
+        "parameters": sum(math.prod(shape) for shape in _shapes(config["model"])),
+        "best_epoch": best["epoch"],
+        "r5": best["val_r@5"],
+        "start_r5": start["val_r@5"],
+        "unseen_r5": best["val_r@5_unseen"],
+        "start_unseen_r5": start["val_r@5_unseen"],
+    }
+
+
+def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(history, key=lambda entry: entry["val_r@5"])  # the first of equals
+
+
+def _shapes(config: dict[str, Any]) -> list[tuple[int, ...]]:
+    with torch.device("meta"):  # no memory for weights
+        return [tuple(weight.shape) for weight in create(ModelConfig.from_dict(config)).parameters()]
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """Models and baselines, the best first."""
+    """Models and baselines, the best first; then what was trained with several seeds."""
     report, rows = Report.from_dict(data["report"]), []
     for row in sorted(report.rows, key=lambda row: -(row.excluded["R@5"].value or 0)):
         run = data["runs"].get(row.name)
@@ -117,7 +157,27 @@ def markdown(data: dict[str, Any]) -> str:
     )
     options = ", ".join(f"{key} {value}" for key, value in data["options"].items())
     about = f"{report.title()}; {data['machine']}; {data['date']}. Options: {options}. Baselines in italics."
-    return "\n\n".join([about, section("Test", heads, rows)]) + "\n"
+    parts = [about, section("Test", heads, rows)]
+    if several := _seeds(report, data["runs"]):
+        parts.append(section("Seeds", ("", "runs", *SEEDED, "R@5 over the whitened mixture"), several))
+    return "\n\n".join(parts) + "\n"
+
+
+def _seeds(report: Report, runs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Mean and standard deviation over seeds, of models that have several."""
+    groups: dict[str, list[str]] = {}
+    for called, run in runs.items():
+        groups.setdefault(f"{run['model']}, {run['objective']}", []).append(called)
+    values = {row.name: row.excluded for row in report.rows}
+    found = []
+    for group, several in groups.items():
+        if len(several) == 1:
+            continue
+        columns = [[values[called][metric].value for called in several] for metric in SEEDED]
+        columns.append([report.difference(called, "whitened mixture").metrics["R@5"].value for called in several])
+        cells = [f"{np.mean(column):.4f} ± {np.std(column, ddof=1):.4f}" for column in columns]
+        found.append((group, str(len(several)), *cells))
+    return found
 
 
 def keep(name: str, data: dict[str, Any], tables: str) -> None:
@@ -137,15 +197,14 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=names(), help="a model; all when absent")
     parser.add_argument("--objective", action="append", choices=OBJECTIVES, help="an objective; all when absent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--train", action="store_true", help="train alone, and look at no test window")
     parser.add_argument("--keep", action="store_true", help="write the table to bench/results/")
     given = parser.parse_args()
-    models = given.model or names()
-    found = {}
     for objective in given.objective or OBJECTIVES:
-        for result in train(given.corpus, models, objective, given.seeds):
-            seed = f", seed {result.cell.seed}" if len(given.seeds) > 1 else ""
-            found[f"{result.cell.model}, {objective}{seed}"] = result
-    data = kept(given.corpus, judge(given.corpus, found), found)
+        train(given.corpus, given.model or names(), objective, given.seeds)
+    if given.train:
+        return
+    data = judge(given.corpus, done(given.corpus))
     print(markdown(data))
     if given.keep:
         keep(f"quality-{given.corpus}", data, markdown(data))

@@ -1,8 +1,8 @@
 """What training owes its gain to, on validation articles: `FASTLVM_DATA=… python bench/recipe.py --corpus sotu`.
 
-One model with one setting at a time changed, and with a part of the training articles. Every row is the epoch of the
-best validation R@5, which is why none of these figures is one of the test split; `bench/quality.py` has those. Runs lie
-below build/quality/ and are taken as they are where they are done.
+One model with one setting at a time changed, and with a part of the training articles for as many steps as with all of
+them. Every row is the epoch of the best validation R@5, which is why none of these figures is one of the test split;
+`bench/quality.py` has those. Runs lie below build/quality/ and are taken as they are where they are done.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import fastlvm
 from fastlvm.evaluation.latency import machine
 from fastlvm.models import names
+from fastlvm.training import TrainOptions
 from fastlvm.training.sweep import Result, sweep
 from quality import BUILD, OPTIONS, corpus, keep
 from table import section
@@ -78,7 +79,8 @@ def kept(name: str, model: str) -> dict[str, Any]:
     """Everything that is measured, as JSON."""
     about = {"corpus": name, "model": model, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
     changes = [{"change": change, **_figures(*run(name, model, 1, given))} for change, given in CHANGES.items()]
-    curve = [_figures(*run(name, model, share, {})) for share in SHARES]
+    steps = {share: {"epochs": round(TrainOptions.epochs / share), "patience": 0} for share in SHARES if share < 1}
+    curve = [_figures(*run(name, model, share, steps.get(share, {}))) for share in SHARES]
     return {**about, "changes": changes, "curve": curve}
 
 

@@ -19,8 +19,14 @@ def test_schedule_is_per_step_linear_then_cosine_to_one_percent():
 
 def test_schedule_without_warm_up_or_too_short_for_it():
     assert learning_rate(0, 10, TrainOptions(lr=1.0, warmup_steps=0)) == 1.0
-    assert learning_rate(2, 3, TrainOptions(lr=1.0, warmup_steps=100)) == pytest.approx(0.03)
     assert math.isfinite(learning_rate(0, 1, TrainOptions(warmup_steps=0)))
+
+
+def test_a_short_run_warms_up_for_a_third_of_its_steps():
+    rates = [learning_rate(step, 9, TrainOptions(lr=3.0, warmup_steps=100)) for step in range(9)]
+    assert rates[:4] == [1.0, 2.0, 3.0, 3.0]
+    assert rates[8] == pytest.approx(0.03)
+    assert learning_rate(0, 2, TrainOptions(lr=1.0, warmup_steps=100)) == 1.0
 
 
 @pytest.mark.parametrize(

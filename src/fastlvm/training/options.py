@@ -29,7 +29,8 @@ class TrainOptions:
     epochs, batch_size, lr, weight_decay, clip, seed    as usual; lr is the peak, clip the gradient norm's bound.
     head_lr            the learning rate of a model's last layer, in units of lr: its outputs, the components of a unit
                        vector, are small beside all activations before it.
-    warmup_steps       optimizer steps of linear warm-up, then a cosine down to 1 % of lr at the last step.
+    warmup_steps       optimizer steps of linear warm-up, a third of all steps at most, then a cosine down to 1 % of lr
+                       at the last step.
     patience           epochs without a better validation R@5 after which the run stops; 0 never stops early.
     projection         where InfoNCE is taken: "none" on the model's output, "mlp" behind a projection head.
     micro_batch        windows whose activations are held at once, 0 = all: a batch is then gone through twice, so that
@@ -180,10 +181,10 @@ def option_names() -> list[str]:
 
 def learning_rate(step: int, steps: int, options: TrainOptions, floor: float = 0.01) -> float:
     """Rate of optimizer step `step` (0-based) of `steps`: linear up to lr, then a cosine down to floor · lr."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    span = max(1, steps - 1 - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps) / span)
+    warmup = min(options.warmup_steps, steps // 3)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
