@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fastlvm.data import Space
@@ -223,3 +225,69 @@ def test_saving_writes_under_no_name_but_its_own_temporary(tmp_path, monkeypatch
     monkeypatch.setattr(Path, "write_bytes", noting)
     Space.fit(np.random.default_rng(0).standard_normal((20, 4), dtype=np.float32)).save(tmp_path / "space.safetensors")
     assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0].startswith(".space.safetensors.tmp-")
+
+
+def tower(dim=12, hidden=7, seed=0, scale=0.5):
+    draw = np.random.default_rng(seed).standard_normal
+    shapes = {"up.weight": (hidden, dim), "up.bias": hidden, "down.weight": (dim, hidden), "down.bias": dim}
+    return {name: scale * draw(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def towered(w, t):
+    """normalise(w + down(gelu(up(w)))) in float64."""
+    up, up_bias, down, down_bias = (
+        np.float64(t[name]) for name in ("up.weight", "up.bias", "down.weight", "down.bias")
+    )
+    h = w.astype(np.float64) @ up.T + up_bias
+    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    return unit(w + h @ down.T + down_bias)
+
+
+@pytest.mark.parametrize("identity", (False, True))
+def test_a_tower_follows_the_whitening(vectors, identity):
+    base = Space.identity(12) if identity else Space.fit(vectors)
+    space = base.with_tower(tower())
+    expected = towered(base.apply(vectors), tower())
+    np.testing.assert_allclose(space.apply(vectors), expected, atol=1e-6)
+    np.testing.assert_array_equal(space.apply(vectors.reshape(50, 10, 12))[3, 4], space.apply(vectors[34:35])[0])
+    assert space.apply(vectors[:0]).shape == (0, 12)
+    ids = {base.id, space.id, base.with_tower(tower(seed=1)).id, Space.fit(vectors[1:]).with_tower(tower()).id}
+    assert len(ids) == 4
+    assert (space.base.id, space.base.tower, space.dim) == (base.id, None, 12)
+    np.testing.assert_array_equal(space.base.apply(vectors), base.apply(vectors))
+
+
+def test_a_tower_is_saved_and_checked(tmp_path, vectors):
+    path = tmp_path / "space.safetensors"
+    space = Space.fit(vectors).with_tower(tower())
+    space.save(path)
+    found = Space.load(path)
+    assert (found.id, found.base.id, found.fitted_on) == (space.id, space.base.id, space.fitted_on)
+    np.testing.assert_array_equal(found.apply(vectors), space.apply(vectors))
+    tensors = load_file(path)
+    with safe_open(str(path), framework="numpy") as file:
+        metadata = file.metadata()
+    for name in tensors:
+        if name.startswith("tower."):
+            save_file({other: array for other, array in tensors.items() if other != name}, str(path), metadata)
+            with pytest.raises(IntegrityError, match="a tower has "):
+                Space.load(path)
+    save_file({**tensors, "tower.up.bias": tensors["tower.up.bias"] + 1}, str(path), metadata)
+    with pytest.raises(IntegrityError, match="its id"):
+        Space.load(path)
+
+
+def test_a_tower_that_cannot_be_is_refused(vectors):
+    space = Space.fit(vectors)
+    good = tower()
+    for wrong, match in (
+        ({}, "a tower has nothing"),
+        ({**good, "side": good["up.bias"]}, "are wanted"),
+        ({**good, "up.weight": good["up.weight"].T}, "a tower wants"),
+        (tower(hidden=0), "a tower wants"),
+        (tower(dim=11), "a tower wants"),
+        ({**good, "down.bias": np.full(12, np.nan)}, "NaN or infinity"),
+        ({**good, "up.weight": np.full((7, 12), 1e30), "down.weight": np.full((12, 7), 1e30)}, "overflow"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=match):
+            space.with_tower(wrong)

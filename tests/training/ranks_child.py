@@ -25,9 +25,9 @@ def main(folder: str, out: str, text: str) -> None:
         loss = kept(self, *args)
         if not seen:
             seen.append({name: p.grad.clone() for name, p in self.objective.named_parameters()})
-            seen[0].update(
-                {name.removeprefix("module."): p.grad.clone() for name, p in self.parallel.named_parameters()}
-            )
+            for module in (self.parallel, *self.objective.tower):
+                named = module.named_parameters()
+                seen[0].update({name.removeprefix("module."): p.grad.clone() for name, p in named})
         return loss
 
     Step.__call__ = spied

@@ -13,11 +13,12 @@ from fastlvm.data import Windows
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.models import ModelConfig, create
+from fastlvm.models.tower import Tower
 from fastlvm.training import checkpoint, load_run, train
+from fastlvm.training.learned import Learned
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
-from fastlvm.training.trainer import parameter_groups
 from fastlvm.training.validation import Validation
 
 from .conftest import TINY, build_payload
@@ -205,8 +206,8 @@ def test_a_small_model_overfits_64_windows():
 
 def test_weight_decay_spares_norms_biases_states_and_the_mixture():
     model = create("mamba-s", vector_dim=8, d_model=16, n_layers=1, d_state=4)
-    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
-    groups = parameter_groups(names, TrainOptions(weight_decay=0.5))
+    learned = Learned(model, None, None, TrainOptions(weight_decay=0.5))
+    names, groups = learned.names, learned.groups()
     assert {names[p] for group in groups if group["weight_decay"] == 0.5 for p in group["params"]} == {
         f"model.{name}.weight"
         for name in (
@@ -224,11 +225,12 @@ def test_weight_decay_spares_norms_biases_states_and_the_mixture():
 
 
 def test_the_head_has_a_learning_rate_of_its_own():
-    model = create("mlp", vector_dim=8, d_ff=16)
-    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
-    for group in parameter_groups(names, TrainOptions(lr=0.5, head_lr=0.1)):
+    options = TrainOptions(lr=0.5, head_lr=0.1)
+    learned = Learned(create("mlp", vector_dim=8, d_ff=16), None, Tower(8, 4, 0.0), options)
+    for group in learned.groups():
         for p in group["params"]:
-            assert group["lr"] == pytest.approx(0.05 if names[p].startswith("model.head") else 0.5)
+            slow = learned.names[p].startswith(("model.head", "tower.down"))
+            assert group["lr"] == pytest.approx(0.05 if slow else 0.5)
 
 
 def test_a_folder_in_use_is_refused(run, payload, windows):

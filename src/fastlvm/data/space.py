@@ -1,7 +1,7 @@
 """A space: a mean and a whitening matrix, fitted on training articles and applied to payload and queries alike.
 
 On real text vectors a few directions carry most of the variance and tell documents apart badly. Damping them,
-`(v − μ)·C^-power`, raises retrieval before any model is trained.
+`(v − μ)·C^-power`, raises retrieval before any model is trained. A two-tower model learns a tower on top of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from fastlvm.errors import InputError, IntegrityError, shown
 from fastlvm.files import Entries, atomic_file, parse_json, sha256_json, wrong_entry
 
 if TYPE_CHECKING:
+    from fastlvm import _C
     from fastlvm.data.payload import Payload
 
 _META = "fastlvm"
 _FORMAT = "fastlvm-space-1"
 _REMEDY = "restore it or fit the space again"
+_TOWER = ("up.weight", "up.bias", "down.weight", "down.bias")
 _ENTRIES: Entries = {
     "power": ("a number", lambda value: isinstance(value, float)),
     "payload_id": ("an id or null", lambda value: value is None or isinstance(value, str)),
@@ -33,10 +36,13 @@ _ENTRIES: Entries = {
 
 
 class Space:
-    """v ↦ normalise((v − mean) @ matrix), with mean float32 [dim] and matrix float32 [dim, dim], symmetric.
+    """v ↦ w = normalise((v − mean) @ matrix), with mean float32 [dim] and matrix float32 [dim, dim], symmetric.
 
-    Attributes: mean, matrix, dim, id (16 hex digits over mean and matrix), power, payload_id and fitted_on (what it was
-    fitted on; None and "" for an identity).
+    With a tower, normalise(w + down(gelu(up(w)))) instead: `tower` has float32 "up.weight" [hidden, dim], "up.bias"
+    [hidden], "down.weight" [dim, hidden] and "down.bias" [dim], which `train(tower=hidden)` learns.
+
+    Attributes: mean, matrix, tower, dim, id (16 hex digits over all of them), base (the space without its tower),
+    power, payload_id and fitted_on (what it was fitted on; None and "" for an identity).
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Space:
         power: float = 0.0,
         payload_id: str | None = None,
         fitted_on: str = "",
+        tower: Mapping[str, Any] | None = None,
     ) -> None:
         self.mean = np.ascontiguousarray(mean, dtype=np.float32)
         self.matrix = np.ascontiguousarray(matrix, dtype=np.float32)
@@ -64,10 +71,13 @@ class Space:
         self.power = float(power)
         self.payload_id = payload_id
         self.fitted_on = fitted_on
-        content = hashlib.sha256(self.mean.astype("<f4").tobytes() + self.matrix.astype("<f4").tobytes())
-        self.id = content.hexdigest()[:16]
-        self._identity = not self.mean.any() and np.array_equal(self.matrix, np.eye(dim, dtype=np.float32))
-        self.mean.flags.writeable = self.matrix.flags.writeable = False
+        self.tower = None if tower is None else _checked_tower(tower, dim)
+        arrays = [self.mean, self.matrix, *(self.tower or {}).values()]
+        self.id = hashlib.sha256(b"".join(array.astype("<f4").tobytes() for array in arrays)).hexdigest()[:16]
+        self._plain = not self.mean.any() and np.array_equal(self.matrix, np.eye(dim, dtype=np.float32))
+        self._through_tower: _C.Model | None = None
+        for array in arrays:
+            array.flags.writeable = False
 
     def __repr__(self) -> str:
         return f"Space(id={self.id}, dim={self.dim}, power={self.power:g}, fitted_on={self.fitted_on!r})"
@@ -76,6 +86,19 @@ class Space:
     def identity(cls, dim: int) -> Space:
         """The space that only normalises."""
         return cls(np.zeros(dim, np.float32), np.eye(dim, dtype=np.float32))
+
+    @property
+    def base(self) -> Space:
+        """The space without its tower."""
+        return self.with_tower(None)
+
+    def with_tower(self, tower: Mapping[str, Any] | None) -> Space:
+        """The space with another tower, or with none. Raises InputError."""
+        if tower is None and self.tower is None:
+            return self
+        return Space(
+            self.mean, self.matrix, power=self.power, payload_id=self.payload_id, fitted_on=self.fitted_on, tower=tower
+        )
 
     @classmethod
     def fit(
@@ -165,10 +188,39 @@ class Space:
         result = np.empty(flat.shape, np.float32)
         for part in table.blocks(*flat.shape):
             block = flat[part]
-            if not self._identity:
+            if not self._plain:
                 block = (block.astype(np.float32) - self.mean) @ self.matrix
-            result[part] = table.normalised(block)
+            result[part] = self._towered(table.normalised(block))
         return result.reshape(given.shape)
+
+    def layers(self) -> list[tuple[str, dict[str, Any]]]:
+        """What `apply` does, as layers of `_C.Model`."""
+        weight = np.ascontiguousarray(self.matrix.T)
+        moved = [] if self._plain else [("linear", {"weight": (weight, None, -(weight @ self.mean))})]
+        return [*moved, ("l2_norm", {}), *self._tower_layers()]
+
+    def _tower_layers(self) -> list[tuple[str, dict[str, Any]]]:
+        if self.tower is None:
+            return []
+        up, up_bias, down, down_bias = (self.tower[name] for name in _TOWER)
+        branch = [
+            ("linear", {"weight": (up, None, up_bias)}),
+            ("gelu", {}),
+            ("linear", {"weight": (down, None, down_bias)}),
+        ]
+        return [("residual", {"layers": branch}), ("l2_norm", {})]
+
+    def _towered(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 [n, dim] of length 1 → [n, dim]"""
+        if self.tower is None:
+            return vectors
+        from fastlvm import _C
+
+        if self._through_tower is None:
+            self._through_tower = _C.Model(1, self.dim, [*self._tower_layers(), ("last", {})])
+        out = np.empty_like(vectors)
+        self._through_tower.run(vectors[:, None], out, 0)
+        return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the space as safetensors, atomically."""
@@ -185,7 +237,8 @@ class Space:
         metadata = {_META: json.dumps(record)}
         with atomic_file(path) as temporary:
             # not save_file: it writes under a temporary name of its own, which a kill would leave in the folder
-            temporary.write_bytes(save({"mean": self.mean, "matrix": self.matrix}, metadata))
+            tower = {f"tower.{name}": array for name, array in (self.tower or {}).items()}
+            temporary.write_bytes(save({"mean": self.mean, "matrix": self.matrix, **tower}, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Space:
@@ -222,4 +275,22 @@ def _space(found: dict[str, np.ndarray], record: dict[str, Any]) -> Space:
     if wrong := wrong_entry(record, _ENTRIES):
         raise InputError(wrong)
     entries = {name: record[name] for name in _ENTRIES}
-    return Space(np.array(found["mean"]), np.array(found["matrix"]), **entries)
+    tower = {name.removeprefix("tower."): np.array(found[name]) for name in found if name.startswith("tower.")}
+    return Space(np.array(found["mean"]), np.array(found["matrix"]), **entries, tower=tower or None)
+
+
+def _checked_tower(tower: Mapping[str, Any], dim: int) -> dict[str, np.ndarray]:
+    """Copies of a tower's arrays in their order."""
+    if set(tower) != set(_TOWER):
+        raise InputError(f"a tower has {', '.join(sorted(tower)) or 'nothing'}, and {', '.join(_TOWER)} are wanted")
+    found = {name: np.array(tower[name], dtype=np.float32) for name in _TOWER}
+    up, up_bias, down, down_bias = found.values()
+    hidden = len(up_bias) if up_bias.ndim == 1 else 0
+    if not hidden or (up.shape, down.shape, down_bias.shape) != ((hidden, dim), (dim, hidden), (dim,)):
+        shapes = ", ".join(shown(array.shape) for array in found.values())
+        raise InputError(f"a tower wants [hidden, {dim}], [hidden], [{dim}, hidden] and [{dim}], got {shapes}")
+    with np.errstate(over="ignore", invalid="ignore"):  # the most that a vector of length 1 can come to
+        most = np.abs(down) @ (np.abs(up).sum(axis=1) + np.abs(up_bias)) + np.abs(down_bias)
+        if not np.isfinite(most @ most):
+            raise InputError("the tower holds NaN or infinity, or its products overflow float32: train again")
+    return found

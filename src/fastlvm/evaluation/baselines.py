@@ -23,14 +23,15 @@ _LEAST_SAMPLE = 200
 def fit_baselines(payload: Payload, windows: Windows, space: Space | None = None, *, seed: int = 0) -> list[Ranker]:
     """Every baseline the windows allow to fit, in the order of a report.
 
-    Without training windows only random, copy-last and mean are left. space: the whitening of the "whitened" ones; None
-    fits one on the training articles. `fit_decay` gives the mixtures their decay; the ridge penalty is the
-    one of best R@5 on a sample of validation windows (training windows where there are none).
+    Without training windows only random, copy-last and mean are left. space: the whitening of the "whitened" ones, its
+    tower left out; None fits one on the training articles. `fit_decay` gives the mixtures their decay; the ridge
+    penalty is the one of best R@5 on a sample of validation windows (training windows where there are none).
     """
     train = windows.rows("train")
     result = [random_rows(payload, seed=seed)]
     if len(train) == 0:
         return [*result, mixture(0.0, name="copy-last"), mixture(1.0, name="mean")]
+    space = None if space is None else space.base
     if space is None or is_identity(space):
         space = Space.fit_articles(payload, windows.articles("train"))
     validation = windows.rows("validation")

@@ -113,11 +113,7 @@ class Forward:
 
 def into_space(space: Space) -> list[Native]:
     """Layers that do what `space.apply` does, after which the context is what they leave."""
-    layers: list[Native] = []
-    if space.id != Space.identity(space.dim).id:
-        weight = np.ascontiguousarray(space.matrix.T)
-        layers.append(("linear", {"weight": (weight, None, -(weight @ space.mean))}))
-    return [*layers, ("l2_norm", {}), ("context", {})]
+    return [*space.layers(), ("context", {})]
 
 
 def _check_tensor(name: str, array: np.ndarray, is_matrix: bool, has_scale: bool) -> None:

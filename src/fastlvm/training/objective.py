@@ -35,15 +35,21 @@ class Projection(nn.Sequential):
 
 
 class Objective(nn.Module):
-    """The loss of a batch, given the payload's vectors [N, D] in the space and what chooses the negatives."""
+    """The loss of a batch, given the payload's vectors [N, D] in the space and what chooses the negatives.
 
-    def __init__(self, options: TrainOptions, vectors: Tensor, negatives: Negatives) -> None:
+    tower: what the vectors go through, and learns.
+    """
+
+    def __init__(
+        self, options: TrainOptions, vectors: Tensor, negatives: Negatives, tower: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.options = options
         self.contrastive = options.objective != "ar"
         mlp = self.contrastive and options.projection == "mlp"
         self.projection = Projection(vectors.shape[1]) if mlp else None
         self.parallel: tuple[Callable[[Tensor], Tensor], ...] = ()  # the projection as several processes call it
+        self.tower = () if tower is None else (tower,)  # no part of this module either
         # plain attributes: the payload is no part of a checkpoint
         self.vectors, self.negatives = vectors, negatives
         pool = self.contrastive and options.negatives == "payload"
@@ -51,27 +57,38 @@ class Objective(nn.Module):
 
     def forward(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """predicted [B, D], L2-normalised. generator: draws hard negatives; None leaves out what training alone has."""
-        target = self.vectors[batch.target]
-        cosine = 1 - (predicted * target).sum(dim=-1).mean()
         if not self.contrastive:
+            target = self.vectors[batch.target]
+            cosine = _distance(predicted, target)
             return Loss(cosine + F.mse_loss(predicted, target), None, cosine)
-        infonce, count = self._infonce(predicted, batch, generator)
+        rows, masked = self.negatives.candidates(batch, generator)
+        keys = self._keys(rows, len(batch.target))
+        cosine = _distance(predicted, keys[: len(batch.target)])
+        infonce = self._infonce(predicted, keys, masked)
         weight = 1.0 if self.options.objective == "infonce" else self.options.infonce_weight
+        count = float((~masked).sum()) / max(1, len(masked)) - 1
         return Loss(weight * infonce + (1 - weight) * cosine, infonce, cosine, count)
 
-    def _infonce(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, float]:
-        rows, masked = self.negatives.candidates(batch, generator)
-        queries, keys = predicted, self._keys(rows, len(batch.target))
+    def _infonce(self, predicted: Tensor, keys: Tensor, masked: Tensor) -> Tensor:
+        queries = predicted
         if self.projection is not None:
             queries = self.parallel[0](predicted) if self.parallel else self.projection(predicted)
             with torch.no_grad():  # the target branch teaches and does not learn
                 keys = self.projection(keys)
-        count = float((~masked).sum()) / max(1, len(masked)) - 1
-        return info_nce(queries, keys, self.options.temperature, mask=masked), count
+        return info_nce(queries, keys, self.options.temperature, mask=masked)
 
     def _keys(self, rows: Tensor, targets: int) -> Tensor:
         """Vectors of candidates; those of the pool are at hand."""
         if self.pool_vectors is None:
-            return self.vectors[rows]
-        end = targets + len(self.pool_vectors)
-        return torch.cat([self.vectors[rows[:targets]], self.pool_vectors, self.vectors[rows[end:]]])
+            vectors = self.vectors[rows]
+        else:
+            end = targets + len(self.pool_vectors)
+            vectors = torch.cat([self.vectors[rows[:targets]], self.pool_vectors, self.vectors[rows[end:]]])
+        for tower in self.tower:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.precision == "bf16"):
+                vectors = tower(vectors).float()
+        return vectors
+
+
+def _distance(predicted: Tensor, target: Tensor) -> Tensor:
+    return 1 - (predicted * target).sum(dim=-1).mean()

@@ -16,6 +16,7 @@ PROJECTIONS = ("none", "mlp")
 NEGATIVES = ("batch", "payload")
 FALSE_NEGATIVES = ("article", "group")
 MOST_HARD = 50
+MOST_HIDDEN = 1 << 16
 SPACES = ("whiten", "none")
 
 
@@ -33,6 +34,8 @@ class TrainOptions:
                        at the last step.
     patience           epochs without a better validation R@5 after which the run stops; 0 never stops early.
     projection         where InfoNCE is taken: "none" on the model's output, "mlp" behind a projection head.
+    tower              hidden cells of a payload tower, 0 = none: payload and context go through it, InfoNCE teaches it
+                       through the payload's side, and it becomes a part of the run's space.
     micro_batch        windows whose activations are held at once, 0 = all: a batch is then gone through twice, so that
                        its loss and its gradients are those of the whole (GradCache, Gao et al. 2021).
     negatives          "batch": the other targets of the batch, of all processes; "payload": every row of the training
@@ -68,6 +71,7 @@ class TrainOptions:
     clip: float = 1.0
     seed: int = 0
     projection: str = "none"
+    tower: int = 0
     negatives: str = "payload"
     queue: int = 0
     hard_negatives: str = ""
@@ -99,6 +103,7 @@ class TrainOptions:
             ("epochs", 1),
             ("batch_size", 1),
             ("micro_batch", 0),
+            ("tower", 0),
             ("queue", 0),
             ("warmup_steps", 0),
             ("patience", 0),
@@ -111,6 +116,7 @@ class TrainOptions:
         for field in ("reverse", "compile", "deterministic"):
             if not isinstance(getattr(self, field), bool):
                 raise InputError(f"{field} is {getattr(self, field)!r}, and it has to be true or false")
+        self._check_tower()
         self._check_negatives()
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
@@ -133,6 +139,13 @@ class TrainOptions:
             value = getattr(self, field)
             if not _is_real(value) or not 0 <= value <= 1 or (below_one and value == 1):
                 raise InputError(f"{field} is {value!r}, and it has to lie between 0 and 1")
+
+    def _check_tower(self) -> None:
+        if self.tower > MOST_HIDDEN:
+            raise InputError(f"tower is {self.tower}, and it has to be at most {MOST_HIDDEN}")
+        if self.tower and (self.objective == "ar" or self.projection != "none"):
+            what = "objective=ar, of which every tower makes one point" if self.objective == "ar" else "projection=mlp"
+            raise InputError(f"tower is {self.tower}, and it does not learn with {what}: leave one of them out")
 
     def _check_negatives(self) -> None:
         parse_hard(self.hard_negatives)

@@ -19,6 +19,7 @@ from fastlvm.models import ModelConfig, create
 from fastlvm.models.config import PRESETS
 from fastlvm.retrieval import blas
 from fastlvm.training import checkpoint
+from fastlvm.training.learned import split_tower
 from fastlvm.training.options import TrainOptions, option_names
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def open_run(
 
 def _reopen(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], Space]:
     found = read_config(out)
+    asked = TrainOptions.from_dict(found["training"]).to_dict()  # what an older version did not write has its default
     if identity["decay_fitted"] and found.get("decay_fitted"):
         identity["model"]["decay"] = found["model"]["decay"]
-    for name, was, wanted in _differences(found, identity):
+    for name, was, wanted in _differences({**found, "training": asked}, identity):
         raise InputError(f"{out} was started with {name} {was!r}, not {wanted!r}: resume with {was!r} or name another")
     return found, read_space(out, found)
 
@@ -136,8 +138,8 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_space(run: Path, config: dict[str, Any]) -> Space:
-    """The space of a run folder, checked against the id in its config.json."""
-    space = Space.load(run / SPACE)
+    """The space a run began with, checked against the id in its config.json."""
+    space = Space.load(run / SPACE).base
     if space.id != config.get("space_id"):
         wanted = config.get("space_id")
         raise IntegrityError(f"{run / SPACE} has id {space.id}, and the run wants {wanted}: train again")
@@ -186,7 +188,7 @@ def nearest(predicted: np.ndarray, pool: np.ndarray, windows: np.ndarray, k: int
 
 
 def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], Space]:
-    """The best model of a run in eval mode, the run's config.json and its space.
+    """The best model of a run in eval mode, the run's config.json and its space, with the tower where it has one.
 
     Raises InputError when `path` is no run folder or holds no best.safetensors yet, IntegrityError for a damaged file.
     """
@@ -198,9 +200,10 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], S
             raise IntegrityError(
                 f"{run / BEST} and {CONFIG} beside it differ in {field}, so they are of two runs: train again"
             )
-    model = create(ModelConfig.from_dict(config["model"]))
-    checkpoint.load_weights(model, tensors, run / BEST)
-    return model.eval(), config, read_space(run, config)
+    model, space = create(ModelConfig.from_dict(config["model"])), read_space(run, config)
+    weights, tower = split_tower(tensors)
+    checkpoint.load_weights(model, weights, run / BEST)
+    return model.eval(), config, space.with_tower(tower)
 
 
 def predict_with(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:

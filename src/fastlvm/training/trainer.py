@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import write_json
 from fastlvm.models import ModelConfig, create
+from fastlvm.models.tower import Tower, arrays
 from fastlvm.training import checkpoint, curve, runs
 from fastlvm.training.augment import Augment
 from fastlvm.training.interrupt import Interrupt
+from fastlvm.training.learned import Learned, split_tower
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions, learning_rate
@@ -122,6 +123,7 @@ class Trainer:
         ranks: Ranks,
     ) -> None:
         self.path, self.identity, self.ranks = path, run, ranks
+        self.payload, self.space = payload, space
         self.options = options = TrainOptions.from_dict(run["training"])
         self.progress, self.interrupt = progress, interrupt
         self.vectors = runs.vectors(payload, space, path)  # float32 [N, dim]
@@ -131,12 +133,14 @@ class Trainer:
         pool = torch.from_numpy(np.flatnonzero(trained))
         self.rows = self._rows(windows.rows("train"))  # [n, context + 1]
         judged = self._rows(runs.sample(windows.rows("validation"), options.validation_limit, options.seed))
-        self.validation = Validation(self.vectors, self.groups, judged, trained)
+        self.validation = Validation(self.groups, judged, trained)
 
         checkpoint.seed_all(options.seed)
         self.model = create(ModelConfig.from_dict(run["model"]))
+        tower = Tower(payload.dim, options.tower, self.model.config.dropout) if options.tower else None
         self.negatives = Negatives(options, articles, torch.from_numpy(self.groups), pool)
-        self.objective = Objective(options, self.vectors, self.negatives)
+        shared = None if tower is None else ranks.parallel(tower)
+        self.objective = Objective(options, self.vectors, self.negatives, shared)
         self.augment = Augment(
             pool,
             articles,
@@ -144,10 +148,8 @@ class Trainer:
             span_corruption=options.span_corruption,
             seed=options.seed + 1,
         )
-        self.names = self._names()
-        groups = parameter_groups(self.names, options)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
-        self.average = copy.deepcopy(self.model.state_dict()) if options.ema else None
+        self.learned = Learned(self.model, self.objective.projection, tower, options)
+        self.optimizer = torch.optim.AdamW(self.learned.groups(), lr=options.lr, fused=True)
         self.best: dict[str, Tensor] = {}
         self.state = State()
         self.steps = math.ceil(len(self.rows) / options.batch_size)  # of one epoch
@@ -162,12 +164,12 @@ class Trainer:
         found = torch.from_numpy(np.array(rows, dtype=np.int64))
         return found.flip(1) if self.options.reverse else found
 
-    def _names(self) -> dict[nn.Parameter, str]:
-        named = {parameter: f"model.{name}" for name, parameter in self.model.named_parameters()}
-        projection = self.objective.projection
-        if projection is not None:
-            named.update({parameter: f"projection.{name}" for name, parameter in projection.named_parameters()})
-        return named
+    def _payload_vectors(self) -> np.ndarray:
+        """The payload as it would be searched now, float32 [N, dim]."""
+        if self.learned.tower is None:
+            return self.vectors.numpy()
+        space = self.space.with_tower(arrays(self.learned.tower.state_dict()))
+        return runs.vectors(self.payload, space, self.path).numpy()
 
     def run(self) -> RunSummary:
         if (self.path / runs.LAST).exists():
@@ -186,7 +188,7 @@ class Trainer:
             start_r5=state.history[0]["val_r@5"],
             stopped=state.stopped,
             history=state.history,
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=sum(weight.numel() for weight in self.learned.weights().values()),
             decay=self.identity["model"]["decay"],
             seconds=sum(entry["time"] for entry in state.history),
             windows_per_s=float(np.median([e["windows_per_s"] for e in state.history if e["windows_per_s"]] or [0])),
@@ -201,7 +203,7 @@ class Trainer:
         order = torch.randperm(len(self.rows), generator=generator)
         if state.step == (epoch - 1) * self.steps:
             self.negatives.mine(self._nearest)
-        self.model.train()
+        self.learned.modules.train()
         for step in range(state.step - (epoch - 1) * self.steps, self.steps):
             chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
             loss, lr = self._step(Batch(self.rows[chosen], chosen, self.ranks.share(len(chosen))))
@@ -219,7 +221,7 @@ class Trainer:
             group["lr"] = lr * group["share"]
         begun = time.perf_counter()
         rows = batch.everyone[:, :-1]  # noise is drawn for all, so that it does not depend on the number of processes
-        context = self.augment(self.vectors[rows], self.vectors, rows)[batch.own]
+        context = self.learned.towered(self.augment(self.vectors[rows], self.vectors, rows)[batch.own])
         state.loading += time.perf_counter() - begun
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.step(context, batch, self.augment.generator, self.ranks.weight(len(batch.everyone)))
@@ -227,13 +229,10 @@ class Trainer:
         value = loss.total.item()
         if not math.isfinite(value):
             raise InputError(f"the loss is {value} at step {state.step + 1}: train with a smaller lr than {options.lr}")
-        nn.utils.clip_grad_norm_(list(self.names), options.clip)
+        nn.utils.clip_grad_norm_(list(self.learned.names), options.clip)
         self.optimizer.step()
         state.step += 1
-        if self.average is not None:
-            decay = min(options.ema, state.step / (state.step + 10))
-            for name, weight in self.model.state_dict().items():
-                self.average[name].lerp_(weight, 1 - decay)
+        self.learned.follow(state.step)
         n = self.ranks.weight(len(batch.everyone)) * len(batch.everyone) / self.ranks.size
         infonce = 0.0 if loss.infonce is None else loss.infonce.item()
         for i, part in enumerate((value, infonce, loss.cosine.item(), loss.negatives, 1.0)):
@@ -243,27 +242,26 @@ class Trainer:
     @torch.no_grad()
     def _nearest(self, k: int) -> np.ndarray:
         """The k payload rows nearest to each training window's prediction, its target's group and context left out."""
-        self.model.eval()
-        predicted = torch.cat([self.step.predict(self.vectors[rows[:, :-1]]) for rows in self.rows.split(EVAL_BATCH)])
-        return runs.nearest(predicted.numpy(), self.vectors.numpy(), self.rows.numpy(), k)
+        self.learned.modules.eval()
+        contexts = (self.learned.towered(self.vectors[rows[:, :-1]]) for rows in self.rows.split(EVAL_BATCH))
+        predicted = torch.cat([self.step.predict(context) for context in contexts])
+        return runs.nearest(predicted.numpy(), self._payload_vectors(), self.rows.numpy(), k)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Loss, cosine and R@5 of the weights that would be kept, on the validation windows."""
-        model = self.model
-        if self.average is not None:
-            model = copy.deepcopy(self.model)
-            model.load_state_dict(self.average)
-        model.eval()
-        batches = [Batch(rows) for rows in self.validation.rows.split(EVAL_BATCH)]
         predicted, loss, cosine = [], 0.0, 0.0
-        for batch in batches:
-            predicted.append(model(self.vectors[batch.context]))
-            parts = self.objective(predicted[-1], batch)
-            loss += float(parts.total) * len(batch.rows)
-            cosine += (1 - float(parts.cosine)) * len(batch.rows)
+        with self.learned.judged():
+            for rows in self.validation.rows.split(EVAL_BATCH):
+                batch = Batch(rows)
+                predicted.append(self.model(self.learned.towered(self.vectors[batch.context])))
+                parts = self.objective(predicted[-1], batch)
+                loss += float(parts.total) * len(rows)
+                cosine += (1 - float(parts.cosine)) * len(rows)
+            pool = self._payload_vectors()
         n = len(self.validation.rows)
-        return {"val_loss": loss / n, "val_cosine": cosine / n, **self.validation.figures(torch.cat(predicted).numpy())}
+        figures = self.validation.figures(torch.cat(predicted).numpy(), pool)
+        return {"val_loss": loss / n, "val_cosine": cosine / n, **figures}
 
     def _finish_epoch(self, epoch: int, lr: float | None, started: float) -> None:
         state = self.state
@@ -287,8 +285,7 @@ class Trainer:
         state.epoch, state.sums, state.seconds, state.loading = epoch, [0.0] * 5, 0.0, 0.0
         if entry["val_r@5"] > state.best_r5:
             state.best_r5, state.best_epoch = entry["val_r@5"], epoch
-            kept = self.average if self.average is not None else self.model.state_dict()
-            self.best = {name: weight.clone() for name, weight in kept.items()}
+            self.best = {name: weight.clone() for name, weight in self.learned.kept().items()}
         if self.options.patience and epoch - state.best_epoch >= self.options.patience:
             state.stopped = "patience"
         elif epoch == self.options.epochs:
@@ -311,13 +308,10 @@ class Trainer:
         dropout = self.ranks.all(torch.get_rng_state())
         if not self.ranks.first:
             return
-        projection = self.objective.projection
         tensors = {
-            **checkpoint.prefixed("model", self.model.state_dict()),
-            **checkpoint.prefixed("projection", projection.state_dict() if projection is not None else {}),
-            **checkpoint.prefixed("average", self.average or {}),
+            **self.learned.tensors(),
             **checkpoint.prefixed("best", self.best),
-            **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.names)),
+            **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.learned.names)),
             **checkpoint.prefixed("random", checkpoint.random_tensors(self.augment.generator)),
             **{f"dropout.{rank}": state for rank, state in enumerate(dropout)},
             **checkpoint.prefixed("negatives", self.negatives.tensors()),
@@ -334,6 +328,9 @@ class Trainer:
             curve.draw(state.history, self.path)
         if not best:
             return
+        _, tower = split_tower(self.best)
+        if tower is not None:
+            self.space.with_tower(tower).save(self.path / runs.SPACE)
         meta = {key: self.identity[key] for key in ("model", "payload_id", "windows_id", "space_id")}
         checkpoint.save(self.path / runs.BEST, self.best, {**meta, "epoch": state.best_epoch, "val_r@5": state.best_r5})
 
@@ -342,12 +339,8 @@ class Trainer:
         tensors, meta = checkpoint.load(path)
         if meta.get("config") != self.identity:
             raise IntegrityError(f"{path} belongs to another run than {runs.CONFIG} beside it: train in a new folder")
-        checkpoint.load_weights(self.model, checkpoint.pick(tensors, "model"), path)
-        if self.objective.projection is not None:
-            checkpoint.load_weights(self.objective.projection, checkpoint.pick(tensors, "projection"), path)
-        checkpoint.load_optimizer(self.optimizer, self.names, checkpoint.pick(tensors, "optimizer"), path)
-        if self.average is not None:
-            self.average = checkpoint.pick(tensors, "average")
+        self.learned.restore(tensors, path)
+        checkpoint.load_optimizer(self.optimizer, self.learned.names, checkpoint.pick(tensors, "optimizer"), path)
         self.best = checkpoint.pick(tensors, "best")
         checkpoint.load_random(checkpoint.pick(tensors, "random"), self.augment.generator, path)
         dropout = checkpoint.pick(tensors, "dropout")
@@ -370,19 +363,3 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def parameter_groups(names: dict[nn.Parameter, str], options: TrainOptions) -> list[dict[str, Any]]:
-    """Decay matrices; leave norms, biases, A_log, D, the mixture's logits and other vectors alone.
-
-    `share` of a group is its learning rate in units of the options' lr.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, name in names.items():
-        share = options.head_lr if name.startswith("model.head.") else 1.0
-        decay = options.weight_decay if parameter.ndim > 1 and not name.endswith("A_log") else 0.0
-        groups.setdefault((share, decay), []).append(parameter)
-    return [
-        {"params": found, "share": share, "weight_decay": decay, "lr": share * options.lr}
-        for (share, decay), found in groups.items()
-    ]

@@ -13,27 +13,27 @@ class Validation:
 
     The second does not rise where training merely pushes rows down that it knows.
 
-    vectors     float32 [N, dim], the payload in the space.
     groups      int64 [N], duplicate groups.
     rows        int64 [n, L + 1], payload rows of the windows, the target last.
     trained     bool [N], whether a row's article is trained on.
     """
 
-    def __init__(self, vectors: Tensor, groups: np.ndarray, rows: Tensor, trained: np.ndarray) -> None:
+    def __init__(self, groups: np.ndarray, rows: Tensor, trained: np.ndarray) -> None:
         self.rows = rows
-        self._vectors, self._groups, self._windows = vectors.numpy(), groups, rows.numpy()
-        self._unseen = _Rows(self._vectors, np.flatnonzero(~trained))
+        self._groups, self._windows = groups, rows.numpy()
+        self._unseen = np.flatnonzero(~trained)
         place = np.full(len(groups), -1)
-        place[self._unseen.rows] = np.arange(len(self._unseen.rows))
+        place[self._unseen] = np.arange(len(self._unseen))
         self._places = place[self._windows]
         # The smallest row of a group among these.
-        _, first, group = np.unique(groups[self._unseen.rows], return_index=True, return_inverse=True)
+        _, first, group = np.unique(groups[self._unseen], return_index=True, return_inverse=True)
         self._unseen_groups = first[group].astype(np.int64)
 
-    def figures(self, predicted: np.ndarray) -> dict[str, float]:
-        """predicted float32 [n, dim], of `rows`."""
-        found = exact_ranks(predicted, self._vectors, self._windows[:, -1], self._windows[:, :-1], self._groups)
-        unseen = exact_ranks(predicted, self._unseen, self._places[:, -1], self._places[:, :-1], self._unseen_groups)
+    def figures(self, predicted: np.ndarray, vectors: np.ndarray) -> dict[str, float]:
+        """predicted float32 [n, dim], of `rows`; vectors float32 [N, dim], the payload."""
+        found = exact_ranks(predicted, vectors, self._windows[:, -1], self._windows[:, :-1], self._groups)
+        rest = _Rows(vectors, self._unseen)
+        unseen = exact_ranks(predicted, rest, self._places[:, -1], self._places[:, :-1], self._unseen_groups)
         return {"val_r@5": float(np.mean(found <= 5)), "val_r@5_unseen": float(np.mean(unseen <= 5))}
 
 
