@@ -281,7 +281,7 @@ def test_a_tower_that_cannot_be_is_refused(vectors):
     space = Space.fit(vectors)
     good = tower()
     for wrong, match in (
-        ({}, "a tower has nothing"),
+        ({}, r"a tower has \[\]"),
         ({**good, "side": good["up.bias"]}, "are wanted"),
         ({**good, "up.weight": good["up.weight"].T}, "a tower wants"),
         (tower(hidden=0), "a tower wants"),

@@ -282,7 +282,7 @@ def _space(found: dict[str, np.ndarray], record: dict[str, Any]) -> Space:
 def _checked_tower(tower: Mapping[str, Any], dim: int) -> dict[str, np.ndarray]:
     """Copies of a tower's arrays in their order."""
     if set(tower) != set(_TOWER):
-        raise InputError(f"a tower has {', '.join(sorted(tower)) or 'nothing'}, and {', '.join(_TOWER)} are wanted")
+        raise InputError(f"a tower has {shown(sorted(tower))}, and {', '.join(_TOWER)} are wanted")
     found = {name: np.array(tower[name], dtype=np.float32) for name in _TOWER}
     up, up_bias, down, down_bias = found.values()
     hidden = len(up_bias) if up_bias.ndim == 1 else 0
