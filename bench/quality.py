@@ -36,7 +36,7 @@ BUILD = Path(__file__).parents[1] / "build" / "quality"
 RESULTS = Path(__file__).with_name("results")
 BY_WORK = "-by-work"
 SPLIT = (0.7, 0.1, 0.2)
-OPTIONS: dict[str, Any] = {"precision": "bf16"}
+OPTIONS: dict[str, Any] = {"precision": "bf16", "negatives": "payload"}
 OBJECTIVES: dict[str, dict[str, Any]] = {"contrastive": {}, "ar": {"objective": "ar"}, "two-tower": {"tower": 512}}
 SHOWN = tuple(metric for metric in METRICS if metric != "Eff@5")
 SEEDED = ("R@1", "R@5", "MRR@10", "Contain@50")

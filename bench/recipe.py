@@ -29,6 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "the head as quick as the rest": {"head_lr": 1.0},
     "no dropout": {"dropout": 0.0},
     "dropout 0.5": {"dropout": 0.5},
+    "4,096 rows as negatives, others in every step": {"negatives": "payload:4096"},
     "negatives of the batch alone": {"negatives": "batch"},
     "and 3 of the same article": {"negatives": "batch", "hard_negatives": "same-article:3"},
     "and 3 mined from the index": {"negatives": "batch", "hard_negatives": "index:3"},
@@ -42,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "span corruption 0.1": {"span_corruption": 0.1},
     "averaged weights, 0.99": {"ema": 0.99},
     "articles read backwards": {"reverse": True},
+    "a payload tower": {"tower": 512},
     "no whitening": {"space": "none"},
     "without the mixture": {"residual": False},
 }

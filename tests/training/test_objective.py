@@ -68,6 +68,23 @@ def test_ar_is_cosine_and_squared_error():
     torch.testing.assert_close(loss.total, 1 - F.cosine_similarity(y, target).mean() + ((y - target) ** 2).mean())
 
 
+def test_some_rows_of_the_payload_are_drawn_anew_in_every_step():
+    options = TrainOptions(negatives="payload:5")
+    negatives = Negatives(options, ARTICLES, GROUPS, torch.arange(18))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [negatives.candidates(rows(8), generator).rows.tolist() for _ in range(40)]
+    assert all(found[0] == 8 and len(set(found[1:])) == 5 for found in drawn)
+    assert set().union(*(found[1:] for found in drawn)) == set(range(18)) and drawn[0] != drawn[1]
+    judged = [negatives.candidates(rows(8), None).rows.tolist() for _ in range(2)]
+    assert judged[0] == judged[1] == [8, 0, 3, 7, 10, 14]
+    objective = objective_of(options, vectors(), torch.arange(18))
+    kept = [row for row in judged[0][1:] if row not in (6, 7)]  # the context
+    expected = F.cross_entropy(predictions(1) @ vectors()[[8, *kept]].T / 0.05, torch.tensor([0]))
+    torch.testing.assert_close(objective(predictions(1), rows(8)).infonce, expected)
+    every = Negatives(TrainOptions(negatives="payload:18"), ARTICLES, GROUPS, torch.arange(18))
+    assert every.candidates(rows(8), generator).rows.tolist() == [8, *range(18)]
+
+
 @pytest.mark.parametrize("negatives", ["batch", "payload"])
 @pytest.mark.parametrize("rule", ["article", "group"])
 def test_a_duplicate_is_never_a_negative(negatives, rule):

@@ -20,6 +20,7 @@ CASES = {
     "batch negatives": {},
     "projection, queue, hard negatives": {"projection": "mlp", "queue": 16, "hard_negatives": "same-article:2"},
     "payload negatives, in parts": {"negatives": "payload", "micro_batch": 5},
+    "some of the payload": {"negatives": "payload:20"},
     "two towers": {"tower": 8},
     "autoregressive": {"objective": "ar", "ema": 0.9},
 }

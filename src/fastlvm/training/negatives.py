@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlvm.training.options import TrainOptions, parse_hard
+from fastlvm.training.options import TrainOptions, parse_hard, parse_negatives
 
 MINED = 50  # nearest rows that hard negatives are taken from
 
@@ -58,6 +58,9 @@ class Negatives:
 
     def __init__(self, options: TrainOptions, articles: Tensor, groups: Tensor, pool: Tensor) -> None:
         self.options, self.articles, self.groups, self.pool = options, articles, groups, pool
+        kind, most = parse_negatives(options.negatives)
+        self.pooled = kind == "payload"
+        self.drawn = most if 0 < most < len(pool) else 0  # rows of the pool in a step; 0 = all
         self.source, self.hard = parse_hard(options.hard_negatives)
         self.queue = torch.empty(0, dtype=torch.int64)  # targets of the batches before, the newest last
         self.mined: Tensor | None = None  # int64 [training windows, MINED], rows near to a prediction, -1 = none
@@ -66,10 +69,10 @@ class Negatives:
         self._articles = articles[self._by_article]
 
     def candidates(self, batch: Batch, generator: torch.Generator | None) -> Candidates:
-        """generator: draws hard negatives; None leaves them out, as for validation."""
+        """generator: draws rows of the pool and hard negatives; None takes the same rows always and no hard ones."""
         parts = [batch.target]
-        if self.options.negatives == "payload":
-            parts.append(self.pool)
+        if self.pooled:
+            parts.append(self._of_pool(generator))
         else:
             parts.append(batch.others)
             if generator is not None:
@@ -81,8 +84,8 @@ class Negatives:
         rows = torch.cat(parts)
         masked = self._masked(batch, rows)
         size = len(batch.target)
-        if self.options.negatives == "payload":
-            masked[:, :size] = True  # the other targets are in the pool already
+        if self.pooled:
+            masked[:, :size] = True  # the pool is where the other targets are from
         if hard is not None:
             self._admit(masked, batch, hard, rows)
         at = torch.arange(size)
@@ -106,6 +109,13 @@ class Negatives:
         if self.source == "index":
             self.mined = torch.from_numpy(np.asarray(nearest(MINED), dtype=np.int64))
 
+    def _of_pool(self, generator: torch.Generator | None) -> Tensor:
+        if not self.drawn:
+            return self.pool
+        if generator is None:
+            return self.pool[torch.arange(self.drawn) * len(self.pool) // self.drawn]
+        return self.pool[torch.randperm(len(self.pool), generator=generator)[: self.drawn]]
+
     def _masked(self, batch: Batch, rows: Tensor) -> Tensor:
         return false_negatives(batch, rows, self.articles, self.groups, self.options.false_negatives)
 
@@ -128,7 +138,7 @@ class Negatives:
         """Let hard negatives count for their own window, whatever the rule; not the target's group or the context's."""
         first, each = len(rows) - hard.numel(), hard.shape[1]
         # The pool has them already, where the rule lets them count.
-        masked[:, first:] |= True if self.options.negatives == "payload" else (hard.reshape(-1) < 0)[None]
+        masked[:, first:] |= True if self.pooled else (hard.reshape(-1) < 0)[None]
         own = hard[batch.own]  # [B, K]
         wrong = (self.groups[own.clamp(min=0)][:, :, None] == self.groups[batch.rows][:, None, :]).any(dim=2) | (
             own < 0

@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self.tower = () if tower is None else (tower,)  # no part of this module either
         # plain attributes: the payload is no part of a checkpoint
         self.vectors, self.negatives = vectors, negatives
-        pool = self.contrastive and options.negatives == "payload"
+        pool = self.contrastive and negatives.pooled and not negatives.drawn
         self.pool_vectors = vectors[negatives.pool] if pool else None
 
     def forward(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Loss:

@@ -39,7 +39,7 @@ class TrainOptions:
     micro_batch        windows whose activations are held at once, 0 = all: a batch is then gone through twice, so that
                        its loss and its gradients are those of the whole (GradCache, Gao et al. 2021).
     negatives          "batch": the other targets of the batch, of all processes; "payload": every row of the training
-                       articles.
+                       articles; "payload:K": K of them, others in every step, where there are more.
     queue              with "batch": as many targets of the batches before are negatives as well.
     hard_negatives     "same-article:K": K rows of its own article for each window; "index:K": K of the 50 rows that
                        the model, as it was before the epoch, found nearest. With "batch" they are negatives of the
@@ -72,7 +72,7 @@ class TrainOptions:
     seed: int = 0
     projection: str = "none"
     tower: int = 0
-    negatives: str = "payload"
+    negatives: str = "payload:32768"
     queue: int = 0
     hard_negatives: str = ""
     false_negatives: str = "group"
@@ -92,7 +92,6 @@ class TrainOptions:
             ("objective", OBJECTIVES),
             ("space", SPACES),
             ("projection", PROJECTIONS),
-            ("negatives", NEGATIVES),
             ("false_negatives", FALSE_NEGATIVES),
             ("precision", PRECISIONS),
         ):
@@ -149,7 +148,7 @@ class TrainOptions:
 
     def _check_negatives(self) -> None:
         parse_hard(self.hard_negatives)
-        if self.negatives != "payload":
+        if parse_negatives(self.negatives)[0] != "payload":
             return
         if self.queue:
             raise InputError(
@@ -157,8 +156,8 @@ class TrainOptions:
             )
         if self.hard_negatives and self.false_negatives == "group":
             raise InputError(
-                f"hard_negatives is {self.hard_negatives!r}, and negatives=payload with false_negatives=group has all "
-                "rows already: set negatives=batch or false_negatives=article"
+                f"hard_negatives is {self.hard_negatives!r}, and negatives={self.negatives} with false_negatives=group "
+                "takes rows of all articles already: set negatives=batch or false_negatives=article"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +184,14 @@ def parse_hard(text: Any) -> tuple[str, int]:
             f"hard_negatives is {text!r}: choose of {wanted}, with K from 1 to {MOST_HARD}, or leave it out"
         )
     return source, int(count)
+
+
+def parse_negatives(text: Any) -> tuple[str, int]:
+    """Where negatives are from, and how many there are at most; 0 is no bound."""
+    name, colon, count = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if name not in NEGATIVES or (colon and (name == "batch" or not count.isdecimal() or not 0 < int(count) < 1 << 31)):
+        raise InputError(f"negatives is {text!r}: choose one of batch, payload, payload:K with K from 1 on")
+    return name, int(count or 0)
 
 
 def option_names() -> list[str]:
