@@ -342,7 +342,8 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
             done = steps.run(out, progress=bar, say=note)
     except KeyboardInterrupt:
         raise interrupted(out, "the same command") from None
-    typer.echo(training_verdict(done.summary))
+    for summary in done.summaries:
+        typer.echo(f"{summary.path.name}: {training_verdict(summary)}")
     show(done.report.table())
     print_example(steps.example(done))
     for path, what in steps.places(out):

@@ -22,18 +22,17 @@ if TYPE_CHECKING:
 SPLIT = (0.6, 0.1, 0.3)
 SEED = 0
 DERIVED = {"index": "index.json", "artifact": "config.json"}  # made from the run, anew every time; and their records
-MODEL = "mamba-s"
 # A Mamba small enough for a demo; everything else is the default.
-SETTINGS: dict[str, Any] = {"d_model": 256, "n_layers": 4, "d_state": 16}
+MODELS: dict[str, dict[str, Any]] = {"mlp": {}, "mamba-s": {"d_model": 256, "n_layers": 4, "d_state": 16}}
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made and found."""
+    """What the demo made and found; the predictor is that of the model with the best validation R@5."""
 
     payload: Payload
     windows: Windows
-    summary: RunSummary
+    summaries: list[RunSummary]
     predictor: Predictor
     report: Report
 
@@ -55,18 +54,23 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
     ]
     say(f"windows: {', '.join(counts)}; articles in two splits: {windows.article_overlap()}")
 
-    summary = train(MODEL, payload, windows, out / "run", resume=True, progress=progress, **SETTINGS)
-    _, _, space = load_run(out / "run")
+    summaries = []
+    for model, settings in MODELS.items():
+        say(f"model: {model}")
+        folder = out / "runs" / model
+        summaries.append(train(model, payload, windows, folder, resume=True, progress=progress, **settings))
+    best = max(summaries, key=lambda summary: summary.best_r5).path
+    others = [summary.path for summary in summaries if summary.path != best]
+    _, _, space = load_run(best)
     for name in DERIVED:
         if (out / name).exists():
             shutil.rmtree(out / name)
     Index.build(payload, space=space).save(out / "index")
-    export(out / "run", out / "artifact", index=out / "index", payload=payload, windows=windows)
-    report = workflow.evaluate_paths(
-        [out / "artifact"], payload, windows, name="sample payload", names=[MODEL], say=say
-    )
+    export(best, out / "artifact", index=out / "index", payload=payload, windows=windows)
+    paths, names = [out / "artifact", *others], [path.name for path in (best, *others)]
+    report = workflow.evaluate_paths(paths, payload, windows, name="sample payload", names=names, say=say)
     workflow.write_report(report, out, say)
-    return Demo(payload, windows, summary, Predictor.load(out / "artifact"), report)
+    return Demo(payload, windows, summaries, Predictor.load(out / "artifact"), report)
 
 
 def example(demo: Demo, k: int = 3) -> list[tuple[str, str]]:
@@ -87,9 +91,9 @@ def places(out: Path) -> list[tuple[Path, str]]:
     """What lies where."""
     return [
         (out / "windows.npz", "windows: rows of the sample payload, split by article"),
-        (out / "run", "checkpoints, the space and history.json"),
+        (out / "runs", "of each model, checkpoints, the space and history.json"),
         (out / "index", "the FAISS index over the payload in that space"),
-        (out / "artifact", "what fastlvm.Predictor.load takes; no torch needed"),
+        (out / "artifact", "the better model: what fastlvm.Predictor.load takes; no torch needed"),
         (out / "report.json", "every figure above with its interval"),
         (out / "report.png", "the chart"),
     ]

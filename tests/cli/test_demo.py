@@ -12,27 +12,29 @@ from fastlvm import Index, Payload, demo, training
 
 @pytest.fixture
 def small(made, monkeypatch, tmp_path):
-    """A demo of a second: small payload, small model, one epoch."""
+    """A demo of a second: small payload, small models, one epoch."""
     payload = Payload.open(made.payload)
     monkeypatch.setattr(Payload, "sample", lambda: payload)
-    quick = {"d_model": 32, "n_layers": 1, "d_state": 4, "epochs": 1, "batch_size": 16}
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **quick})
+    quick = {"d_model": 32, "n_layers": 1, "d_state": 4, "d_ff": 16, "epochs": 1, "batch_size": 16}
+    monkeypatch.setattr(demo, "MODELS", {model: {**given, **quick} for model, given in demo.MODELS.items()})
     return tmp_path / "demo"
 
 
 def test_demo(small):
     result = fastlvm("demo", "--out", small)
     assert result.code == 0, result
-    for words in ("validation R@5", "whitened mixture", "latency, batch 1", "last chunk read: chunk ", "retrieved 1"):
+    wanted = ("mlp: ", "mamba-s: ", "validation R@5", "whitened mixture", "latency, batch 1", "last chunk read: chunk ")
+    for words in (*wanted, "retrieved 1"):
         assert words in result.out, words
-    for name in ("windows.npz", "run", "index", "artifact", "report.json", "report.png"):
+    for name in ("windows.npz", "runs", "index", "artifact", "report.json", "report.png"):
         assert (small / name).exists() and str(small / name) in result.out
     assert "articles in two splits: 0" in result.err and "epoch   1" in result.err
 
-    weights = (small / "run" / "best.safetensors").read_bytes()
+    runs = [small / "runs" / model / "best.safetensors" for model in demo.MODELS]
+    weights = [run.read_bytes() for run in runs]
     again = fastlvm("demo", "--out", small)  # nothing is trained again
     assert again.code == 0 and "epoch" not in again.err
-    assert (small / "run" / "best.safetensors").read_bytes() == weights
+    assert [run.read_bytes() for run in runs] == weights
 
 
 @pytest.mark.parametrize("name", ["windows.npz", "index", "artifact"])
