@@ -43,7 +43,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "span corruption 0.1": {"span_corruption": 0.1},
     "averaged weights, 0.99": {"ema": 0.99},
     "articles read backwards": {"reverse": True},
-    "a payload tower": {"tower": 512},
     "no whitening": {"space": "none"},
     "without the mixture": {"residual": False},
 }
