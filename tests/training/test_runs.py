@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -49,3 +52,32 @@ def test_articles_are_read_backwards_only_where_that_is_asked_for(payload, windo
     rows = torch.cat([each for each, _ in seen])
     assert (rows.diff(dim=1) == (-1 if reverse else 1)).all()
     assert all(flag == reverse for _, flag in seen) and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_every_figure_of_an_epoch_goes_to_tensorboard(payload, windows, tmp_path, monkeypatch):
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            closed.append(True)
+
+    there = types.ModuleType("torch.utils.tensorboard")
+    there.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", there)
+    summary = train("mamba-s", payload, windows, tmp_path / "run", **{**TINY, "epochs": 2})
+    wanted = [
+        (name, value, entry["epoch"])
+        for entry in summary.history
+        for name, value in entry.items()
+        if name != "epoch" and value is not None
+    ]
+    assert written == [(str(tmp_path / "run" / "tensorboard"), 0), *wanted] and closed == [True]

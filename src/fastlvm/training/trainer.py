@@ -291,6 +291,8 @@ class Trainer:
         elif epoch == self.options.epochs:
             state.stopped = "epochs"
         self._save()
+        if self.ranks.first:
+            self.board.add(entry)
         self._report(epoch, self.steps if epoch else 0, entry["train_loss"], lr, entry)
         if self.ranks.any(self.interrupt.requested):
             raise KeyboardInterrupt
