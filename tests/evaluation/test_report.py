@@ -60,6 +60,20 @@ def test_whitened_baselines_use_the_models_space(payload, windows):
     assert report.row("whitened mixture").space == report.row("model").space == space.id
 
 
+def test_the_table_tells_the_whitened_space_from_a_models_own(payload, windows):
+    base = Space.fit_articles(payload, windows.articles("train"))
+    tower = {"up.weight": np.ones((3, 16)), "up.bias": np.ones(3), "down.weight": np.ones((16, 3))}
+    own = base.with_tower({**tower, "down.bias": np.ones(16)})
+    models = [
+        Ranker(name, lambda context, space=space: space.apply(context[:, -1]), space)
+        for name, space in (("one", own), ("other", base))
+    ]
+    report = evaluate(models, payload, windows, split="test", resamples=20)
+    column = dict(zip((row.name for row in report.rows), report.table().renderables[1].columns[1].cells, strict=True))
+    assert (column["one"], column["other"]) == ("own", "whitened")
+    assert (column["whitened mixture"], column["copy-last"]) == ("whitened", "raw")
+
+
 def test_a_model_in_an_identity_space_is_ranked_raw(payload, windows):
     model = Ranker("model", lambda context: context[:, -1], Space.identity(payload.dim))
     report = evaluate([model], payload, windows, resamples=50)

@@ -34,11 +34,12 @@ def _rankers(report: Report) -> Table:
     table.add_column("space", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
+    whitened = next((row.space for row in report.rows if row.kind == "baseline" and row.space != "raw"), None)
     for row in report.rows:
         figures = row.excluded
         table.add_row(
             row.name,
-            "raw" if row.space == "raw" else "whitened",
+            "raw" if row.space == "raw" else "whitened" if row.space == whitened else "own",
             _short(figures["R@1"]),
             _with_interval(figures["R@5"]),
             _short(figures["R@10"]),
