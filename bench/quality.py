@@ -166,8 +166,8 @@ def markdown(data: dict[str, Any]) -> str:
 def _seeds(report: Report, runs: dict[str, Any]) -> list[tuple[str, ...]]:
     """Mean and standard deviation over seeds, of models that have several."""
     groups: dict[str, list[str]] = {}
-    for called, run in runs.items():
-        groups.setdefault(f"{run['model']}, {run['objective']}", []).append(called)
+    for called in runs:
+        groups.setdefault(called.partition(", seed")[0], []).append(called)
     values = {row.name: row.excluded for row in report.rows}
     found = []
     for group, several in groups.items():
