@@ -66,7 +66,7 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
         if (out / name).exists():
             shutil.rmtree(out / name)
     Index.build(payload, space=space).save(out / "index")
-    export(best, out / "artifact", index=out / "index", payload=payload, windows=windows)
+    export(best, out / "artifact", "int8", out / "index", payload=payload, windows=windows)
     paths, names = [out / "artifact", *others], [path.name for path in (best, *others)]
     report = workflow.evaluate_paths(paths, payload, windows, name="sample payload", names=names, say=say)
     workflow.write_report(report, out, say)
