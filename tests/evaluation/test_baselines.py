@@ -144,3 +144,14 @@ def test_a_pool_gives_the_same_kept_or_not(payload, space):
         np.testing.assert_allclose(kept[rows], read[rows], atol=1e-6)
     assert kept.shape == read.shape == (len(payload), payload.dim)
     assert kept._vectors is not None and read._vectors is None
+
+
+SAMPLES = [(6_000, 4000), (24_815, 4000), (76_050, 3155), (584_545, 410), (9 << 30, 200)]
+
+
+@pytest.mark.parametrize(("pool", "count"), SAMPLES)
+def test_a_candidate_is_judged_on_enough_windows_of_a_large_payload(pool, count):
+    rows = np.arange(60_000).reshape(10_000, 6)
+    found = baselines._sample(rows, pool, 0, most=4000)
+    assert len(found) == count and len(np.unique(found[:, 0])) == count
+    assert len(baselines._sample(rows[:150], pool, 0, most=4000)) == 150

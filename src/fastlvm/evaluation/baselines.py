@@ -16,7 +16,9 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the inputs' covariance."""
 
 _FIT_BLOCK = 4096
-_FULL_SAMPLE = 15_000  # pool rows up to which a candidate is judged on as many windows as asked for
+# Pool rows up to which a candidate is judged on as many windows as asked for. With a quarter of it the decay changed
+# with the sample's seed on 24,815 rows, and the mixture was up to 3 % worse in R@5 than it can be.
+_FULL_SAMPLE = 60_000
 _LEAST_SAMPLE = 200
 
 
