@@ -18,6 +18,7 @@ from fastlvm.training import checkpoint, load_run, train
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
+from fastlvm.training.validation import Validation
 
 from .conftest import TINY
 from .test_resume import at, content, interrupt
@@ -155,3 +156,24 @@ def test_baselines_stay_in_the_whitened_space(payload, windows):
 def test_what_teaches_no_tower_is_refused(settings):
     with pytest.raises(InputError, match="tower is"):
         TrainOptions(**{"tower": 4, **settings})
+
+
+@pytest.mark.parametrize("ema", (0.0, 0.9))
+def test_an_epoch_is_judged_by_what_would_be_kept_of_it(payload, windows, tmp_path, monkeypatch, ema):
+    judged = []
+    figures = Validation.figures
+
+    def spied(self, predicted, vectors):
+        judged.append((predicted.copy(), vectors.copy()))
+        return figures(self, predicted, vectors)
+
+    monkeypatch.setattr(Validation, "figures", spied)
+    summary = go(payload, windows, tmp_path / "run", ema=ema, epochs=8)
+    assert summary.best_epoch > 0
+    predicted, vectors = judged[summary.best_epoch]
+    model, _, space = load_run(tmp_path / "run")
+    pool = space.apply(payload.take(np.arange(len(payload))))
+    np.testing.assert_allclose(vectors, pool, atol=1e-6)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(pool[windows.rows("validation")[:, :-1]])).numpy()
+    np.testing.assert_allclose(predicted, wanted, atol=1e-5)
