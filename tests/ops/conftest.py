@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from fastlvm import _C
+
+if not torch.cuda.is_available():  # before the first import of a kernel, which decides
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in _C.isas())])

@@ -17,19 +17,22 @@ def define(
     name: str,
     schema: str,
     *,
-    cpu: Callable[..., Any],
+    kernel: Callable[..., Any],
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    device: str = "cpu",
 ) -> Callable[..., Any]:
     """Register the custom op `fastlvm::<name>` with its kernel, fake kernel and gradient, and return it.
+
+    `device` is where the kernel runs, "default" for wherever its tensors are.
 
     Registered piece by piece because the decorator `torch.library.custom_op` loads all of torch._dynamo: seconds on the
     first call, where these take milliseconds.
     """
     full = f"fastlvm::{name}"
     torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(full, "cpu", cpu)
+    torch.library.impl(full, device, kernel)
     torch.library.register_fake(full, fake)
     return _transforms.differentiable(getattr(torch.ops.fastlvm, name).default, setup_context, backward)
 

@@ -170,15 +170,20 @@ def _places(indices: Tensor) -> Tensor:
     return indices.long().clamp(min=-1) + 1
 
 
-def define(name: str, schema: str, *, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Register the op `fastlvm::<name>` with its kernel and fake kernel, and return it; the schema marks its state."""
+def define(
+    name: str, schema: str, *, kernel: Callable[..., Tensor], fake: Callable[..., Tensor], device: str = "cpu"
+) -> Callable[..., Any]:
+    """Register the op `fastlvm::<name>` with its kernel and fake kernel, and return it; the schema marks its state.
+
+    `device` is where the kernel runs, "default" for wherever its tensors are.
+    """
     import torch
 
     from fastlvm.ops import _transforms
 
     full = f"fastlvm::{name}"
     torch.library.define(full, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(full, "cpu", cpu)
+    torch.library.impl(full, device, kernel)
     torch.library.register_fake(full, fake)
     return _transforms.in_place(getattr(torch.ops.fastlvm, name).default)
 

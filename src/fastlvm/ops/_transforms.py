@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastlvm.ops import _triton
+
 # Private to torch, which has no public name for it. Without it torch.func fails at the ops with torch's own words.
 _transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _libraries: list[torch.library.Library] = []  # an op loses what was registered by a library that is gone
@@ -89,4 +91,4 @@ def in_place(op: Any) -> Callable[..., Any]:
 
 
 def _public(op: Any) -> str:
-    return op._opname.removesuffix("_bwd")
+    return op._opname.removesuffix("_bwd").removesuffix(_triton.SUFFIX)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct
+from fastlvm.ops._extension import _C
 from fastlvm.ops.causal_conv1d import reference
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
@@ -82,7 +82,7 @@ def _double_backward(ctx, *cotangents):
 causal_conv1d = _autograd.define(
     "causal_conv1d",
     f"({_INPUTS}) -> (Tensor, Tensor)",
-    cpu=_conv,
+    kernel=_conv,
     fake=_outputs,
     setup_context=_save,
     backward=_backward,
@@ -90,7 +90,7 @@ causal_conv1d = _autograd.define(
 causal_conv1d_bwd = _autograd.define(
     "causal_conv1d_bwd",
     f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
-    cpu=_conv_bwd,
+    kernel=_conv_bwd,
     fake=_fake_bwd,
     setup_context=_save_bwd,
     backward=_double_backward,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct, _step
+from fastlvm.ops._extension import _C
 
 _SCHEMA = "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, Tensor? state_indices) -> Tensor"
 
@@ -28,5 +28,5 @@ def _output(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)  # [b, D] laid out as x is
 
 
-causal_conv1d_step = _step.define("causal_conv1d_step", _SCHEMA, cpu=_cpu, fake=_output)
+causal_conv1d_step = _step.define("causal_conv1d_step", _SCHEMA, kernel=_cpu, fake=_output)
 run = _direct.unless_watched(causal_conv1d_step, _cpu)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct
+from fastlvm.ops._extension import _C
 from fastlvm.ops.info_nce import reference
 
 _INPUTS = (
@@ -109,7 +109,7 @@ def _double_backward(ctx, *cotangents):
 info_nce = _autograd.define(
     "info_nce",
     f"({_INPUTS}, bool summed, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_loss,
+    kernel=_loss,
     fake=_fake,
     setup_context=_save,
     backward=_backward,
@@ -117,7 +117,7 @@ info_nce = _autograd.define(
 info_nce_bwd = _autograd.define(
     "info_nce_bwd",
     f"(Tensor grad, {_INPUTS}, Tensor log_sums, Tensor dqueries, Tensor dkeys, bool[] wanted) -> (Tensor, Tensor)",
-    cpu=_bwd,
+    kernel=_bwd,
     fake=_fake_bwd,
     setup_context=_save_bwd,
     backward=_double_backward,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct
+from fastlvm.ops._extension import _C
 from fastlvm.ops.ssd_scan import reference
 
 _INPUTS = (
@@ -97,7 +97,7 @@ def _double_backward(ctx, *cotangents):
 ssd_scan = _autograd.define(
     "ssd_scan",
     f"({_INPUTS}, bool return_final_state) -> (Tensor, Tensor)",
-    cpu=_scan,
+    kernel=_scan,
     fake=_fake,
     setup_context=_save,
     backward=_backward,
@@ -105,7 +105,7 @@ ssd_scan = _autograd.define(
 ssd_scan_bwd = _autograd.define(
     "ssd_scan_bwd",
     f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, bool[] wanted) -> {_GRADS}",
-    cpu=_scan_bwd,
+    kernel=_scan_bwd,
     fake=_fake_bwd,
     setup_context=_save_bwd,
     backward=_double_backward,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct
+from fastlvm.ops._extension import _C
 from fastlvm.ops.ssm_scan import reference
 
 _INPUTS = (
@@ -135,7 +135,7 @@ def _keeps_checkpoints(u: Tensor, A: Tensor, tensors: tuple[Any, ...]) -> bool:
 ssm_scan = _autograd.define(
     "ssm_scan",
     f"({_INPUTS}, bool return_final_state, bool keep_checkpoints=False) -> (Tensor, Tensor, Tensor)",
-    cpu=_scan,
+    kernel=_scan,
     fake=_fake,
     setup_context=_save,
     backward=_backward,
@@ -143,7 +143,7 @@ ssm_scan = _autograd.define(
 ssm_scan_bwd = _autograd.define(
     "ssm_scan_bwd",
     f"(Tensor? grad_out, Tensor? grad_final_state, {_INPUTS}, Tensor? checkpoints, bool[] wanted) -> {_GRADS}",
-    cpu=_scan_bwd,
+    kernel=_scan_bwd,
     fake=_fake_bwd,
     setup_context=_save_bwd,
     backward=_double_backward,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlvm import _C
 from fastlvm.ops import _autograd, _direct, _step
+from fastlvm.ops._extension import _C
 
 _SCHEMA = (
     "(Tensor(a!) state, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -28,5 +28,5 @@ def _output(state: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)  # [b, D] laid out as x is
 
 
-ssm_step = _step.define("ssm_step", _SCHEMA, cpu=_cpu, fake=_output)
+ssm_step = _step.define("ssm_step", _SCHEMA, kernel=_cpu, fake=_output)
 run = _direct.unless_watched(ssm_step, _cpu)

@@ -1,0 +1,55 @@
+"""What the triton backends of all ops share: where they run, on what, and how their custom ops are named.
+
+On a GPU the kernels are compiled on their first call. With TRITON_INTERPRET=1 in the environment before that they run
+on the CPU instead, element by element in numpy: slow, and what the tests without a GPU hold them to.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from fastlvm.ops import _arrays
+
+SUFFIX = "_triton"  # of the custom ops, beside those of the cpu backend
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on tensors in main memory."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def supports(*arrays: Any) -> tuple[bool, str]:
+    """Whether the kernels can take a call with these arrays (None is skipped), and why not."""
+    lead = arrays[0]
+    if _arrays.kind(lead) != "torch":
+        return False, "wants torch tensors on a GPU"
+    kind = lead.device.type
+    if kind != "cuda" and not (kind == "cpu" and interpreted()):
+        return False, f"arrays are on {lead.device}, wants a GPU"
+    if find_spec("triton") is None:
+        return False, "triton is not installed"
+    if any(x is not None and _arrays.dtype_name(x) == "float64" for x in arrays):
+        return False, "float64 has no kernel; wants float32, float16 or bfloat16"
+    return True, describe()
+
+
+def describe() -> str:
+    """What would run: Triton's version and the device."""
+    return f"Triton {_version()}, {'interpreted' if interpreted() else _device()}"
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")
+
+
+@cache
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
