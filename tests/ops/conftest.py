@@ -13,6 +13,24 @@ if not torch.cuda.is_available():  # before the first import of a kernel, which 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def _let_scalars_be_numbers():
+    """Triton 3.6 calls int() on arrays of one element, its scalars, as numpy 2.4 no longer allows."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+_let_scalars_be_numbers()
+
+
 @pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in _C.isas())])
 def backend(request):
     """Name of a backend; the instruction set in the parameter is pinned while the test runs."""
