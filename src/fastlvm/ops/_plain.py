@@ -31,7 +31,7 @@ def each_sequence(
     """
     import torch
 
-    offsets = _offsets(op, cu_seqlens, length)
+    offsets = checked_offsets(op, cu_seqlens, length)
     if len(offsets) == 1:  # no sequence at all
         out, state = run(slice(0, 0), None)
         return out, state[:0]
@@ -40,7 +40,8 @@ def each_sequence(
     return torch.cat(outs, dim=-1), torch.cat(states)
 
 
-def _offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
+def checked_offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
+    """The offsets as numbers; ValueError unless they run from 0 to `length` without a fall."""
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"{op}: cu_seqlens begins with {offsets[0]}; wants 0")
@@ -50,3 +51,5 @@ def _offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
     if offsets[-1] != length:
         raise ValueError(f"{op}: cu_seqlens ends with {offsets[-1]}; wants the length {length}")
     return offsets
+
+_offsets = checked_offsets

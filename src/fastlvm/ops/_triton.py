@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from fastlvm.ops import _arrays
+from fastlvm.ops import _arrays, _plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = "_triton"  # of the custom ops, beside those of the cpu backend
 
@@ -53,3 +57,16 @@ def _device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def offsets(op: str, cu_seqlens: Tensor, length: int, device: Any) -> tuple[Tensor, int]:
+    """The offsets of packed sequences, int64 on the device, and the length of the longest.
+
+    Raises:
+        ValueError: they do not begin with 0, fall, or do not end with `length`.
+    """
+    import torch
+
+    values = _plain.checked_offsets(op, cu_seqlens, length)
+    longest = max((after - before for before, after in pairwise(values)), default=0)
+    return torch.tensor(values, dtype=torch.int64).to(device), longest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.ssm_scan import cpu, reference
+from fastlvm.ops.ssm_scan import cpu, reference, triton
 
 _OP = "ssm_scan"
 _OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -114,4 +114,4 @@ def _check_layout(name: str, M: Any, batch: int, channels: int, length: int, sta
             raise ValueError(f"{_OP}: {name} has {groups} groups; wants a number that divides the {channels} channels")
 
 
-dispatch.register(_OP, ssm_scan, _check, cpu, reference)
+dispatch.register(_OP, ssm_scan, _check, cpu, triton, reference)

@@ -1,0 +1,397 @@
+"""The selective scan backward, in the two regimes of the forward.
+
+With g_t the gradient of y_t and ḣ_t that of h_t, from the last step to the first:
+
+    ḣ_t = C_t g_t + a_{t+1} ḣ_{t+1}          a_t = exp(Δ_t A)
+    dC_t = Σ_d g_t h_t                       dB_t = Σ_d ḣ_t Δ_t u_t
+    dΔ_t = Σ_n ḣ_t (a_t h_{t-1} A + B_t u_t) du_t = Δ_t Σ_n ḣ_t B_t + D g_t
+    dA = Σ_t ḣ_t a_t h_{t-1} Δ_t             dD = Σ_t g_t u_t
+
+Sums over channels and over the batch are written by each program into its own part of a buffer and added up afterwards:
+the same numbers in the same order every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import LOG2E, exp2, sigmoid, softplus
+from .ssm_scan import CHUNK, Packed, Shape, _tile, compose, is_short, optional, short_tile, strides
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _short_bwd(
+    u, delta, A, B, C, D, z, delta_bias, h0, dout, dhT,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
+    u_b, u_d, u_l, dt_b, dt_d, dt_l, A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, D_d, z_b, z_d, z_l, bias_d,
+    h_b, h_d, h_n, do_b, do_d, do_l, dhT_b, dhT_d, dhT_n,
+    du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
+    batch, channels, N, per_unit, blocks, per_B, per_C, batches,
+    L: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr,
+):  # fmt: skip
+    part, block = tl.program_id(0), tl.program_id(1)
+    lead = (block // blocks) * per_unit
+    in_unit = (block % blocks) * BD + tl.arange(0, BD)[:, None, None]
+    in_d = in_unit < per_unit
+    d = (lead + in_unit).to(tl.int64)
+    n = tl.arange(0, NI)[None, :, None] * NK + tl.arange(0, NK)[None, None, :]
+    in_n = n < N
+    a = tl.load(A + d * A_d + n.to(tl.int64) * A_n, in_d & in_n, 0.0).to(tl.float32) * LOG2E
+    bias, skip = 0.0, 0.0
+    if delta_bias is not None:
+        bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
+    if D is not None:
+        skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
+    zeros = tl.zeros([BD, NI, NK], tl.float32)
+    sum_A = zeros
+    sum_B = zeros
+    sum_C = zeros
+    sum_D = tl.zeros([BD, 1, 1], tl.float32)
+    sum_bias = tl.zeros([BD, 1, 1], tl.float32)
+    for i in range(batches):
+        b = (part * batches + i).to(tl.int64)
+        here = in_d & (b < batch)
+        here_n = in_n & (b < batch)
+        here_dn = here & in_n
+        h = zeros
+        if h0 is not None:
+            h = tl.load(h0 + b * h_b + d * h_d + n.to(tl.int64) * h_n, here_dn, 0.0).to(tl.float32)
+        states = ()
+        for t in tl.static_range(L):
+            states = states + (h,)
+            x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
+            dt = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
+            if SOFTPLUS:
+                dt = softplus(dt)
+            B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B,
+                        here_dn if B_CONSTANT else here_n, B_CONSTANT)  # fmt: skip
+            if t == 0 and h0 is None:
+                h = (dt * x) * B_t
+            else:
+                h = exp2(dt * a) * h + (dt * x) * B_t
+        dh = zeros
+        if dhT is not None:
+            dh = tl.load(dhT + b * dhT_b + d * dhT_d + n.to(tl.int64) * dhT_n, here_dn, 0.0).to(tl.float32)
+        for k in tl.static_range(L):
+            t: tl.constexpr = L - 1 - k
+            x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
+            raw = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
+            dt = softplus(raw) if SOFTPLUS else raw
+            g = tl.zeros([BD, 1, 1], tl.float32)
+            if dout is not None:
+                g = tl.load(dout + b * do_b + d * do_d + t * do_l, here, 0.0).to(tl.float32)
+            B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B,
+                        here_dn if B_CONSTANT else here_n, B_CONSTANT)  # fmt: skip
+            C_t = _tile(C, b, d if C_CONSTANT else lead, n, t, C_b, C_g, C_n, C_l, per_C,
+                        here_dn if C_CONSTANT else here_n, C_CONSTANT)  # fmt: skip
+            if z is not None:
+                gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
+                s = sigmoid(gate)
+                if dz is not None:
+                    y = tl.sum(tl.sum(h * C_t, 1, keep_dims=True), 2, keep_dims=True) + skip * x
+                    tl.store(dz + b * dz_b + d * dz_d + t * dz_l, g * y * s * (1.0 + gate * (1.0 - s)), here)
+                g = g * gate * s
+            dh += C_t * g
+            if dC is not None:
+                if C_CONSTANT:
+                    sum_C += h * g
+                else:
+                    row = ((block * batch.to(tl.int64) + b) * L + t) * N + n
+                    tl.store(dC + row, tl.sum(h * g, 0, keep_dims=True), here_n)
+            if dB is not None:
+                if B_CONSTANT:
+                    sum_B += dh * (dt * x)
+                else:
+                    row = ((block * batch.to(tl.int64) + b) * L + t) * N + n
+                    tl.store(dB + row, tl.sum(dh * (dt * x), 0, keep_dims=True), here_n)
+            through_B = tl.sum(tl.sum(dh * B_t, 1, keep_dims=True), 2, keep_dims=True)
+            ddt = x * through_B
+            h = states[t]
+            if t > 0 or h0 is not None:
+                dh = exp2(dt * a) * dh
+                moved = dh * h
+                sum_A += moved * dt
+                ddt += LN2 * tl.sum(tl.sum(moved * a, 1, keep_dims=True), 2, keep_dims=True)
+            if du is not None:
+                tl.store(du + b * du_b + d * du_d + t * du_l, dt * through_B + skip * g, here)
+            if SOFTPLUS:
+                ddt *= tl.where(raw > 20.0, 1.0, sigmoid(raw))
+            if ddelta is not None:
+                tl.store(ddelta + b * ddt_b + d * ddt_d + t * ddt_l, ddt, here)
+            sum_bias += ddt
+            sum_D += g * x
+        if dh0 is not None:
+            tl.store(dh0 + (b * channels + d) * N + n, dh, here_dn)
+    place = (part.to(tl.int64) * channels + d) * N + n
+    if dA is not None:
+        tl.store(dA + place, sum_A, in_d & in_n)
+    if B_CONSTANT and dB is not None:
+        tl.store(dB + place, sum_B, in_d & in_n)
+    if C_CONSTANT and dC is not None:
+        tl.store(dC + place, sum_C, in_d & in_n)
+    if dD is not None:
+        tl.store(dD + part.to(tl.int64) * channels + d, sum_D, in_d)
+    if dbias is not None:
+        tl.store(dbias + part.to(tl.int64) * channels + d, sum_bias, in_d)
+
+
+@triton.jit
+def _long_bwd(
+    u, delta, A, B, C, D, z, delta_bias, h0, dout, dhT, carry, back, offsets,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
+    u_b, u_d, u_l, dt_b, dt_d, dt_l, A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, D_d, z_b, z_d, z_l, bias_d,
+    h_b, h_d, h_n, do_b, do_d, do_l, dhT_b, dhT_d, dhT_n,
+    du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
+    length, total, channels, N, per_unit, blocks, per_B, per_C, chunks_each,
+    SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    BD: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(1).to(tl.int64)
+    b, begin, row = s, 0, s * chunks_each
+    if offsets is not None:
+        b = tl.zeros([], tl.int64)
+        begin = tl.load(offsets + s)
+        length = (tl.load(offsets + s + 1) - begin).to(tl.int32)
+        row = begin // CHUNK + s
+    batch = 1 if offsets is not None else tl.num_programs(1)
+    block = tl.program_id(0)
+    lead = (block // blocks) * per_unit
+    in_unit = (block % blocks) * BD + tl.arange(0, BD)[:, None]
+    in_d = in_unit < per_unit
+    d = (lead + in_unit).to(tl.int64)  # [BD, 1]
+    bias, skip = 0.0, 0.0
+    if delta_bias is not None:
+        bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
+    if D is not None:
+        skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
+    sum_D = tl.zeros([BD, 1], tl.float32)
+    sum_bias = tl.zeros([BD, 1], tl.float32)
+    steps = tl.arange(0, T)[None, :]
+    chunks = tl.cdiv(length, T)
+    for k in range(chunks):
+        c = chunks - 1 - k
+        in_t = c * T + steps < length
+        t = (begin + c * T + steps).to(tl.int64)
+        here = in_d & in_t
+        x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
+        raw = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
+        after = in_d & (c * T + steps + 1 < length)
+        dt_after = tl.load(delta + b * dt_b + d * dt_d + (t + 1) * dt_l, after, 0.0).to(tl.float32) + bias
+        dt = tl.where(here, softplus(raw) if SOFTPLUS else raw, 0.0)
+        dt_after = tl.where(after, softplus(dt_after) if SOFTPLUS else dt_after, 0.0)
+        g = tl.zeros([BD, T], tl.float32)
+        if dout is not None:
+            g = tl.load(dout + b * do_b + d * do_d + t * do_l, here, 0.0).to(tl.float32)
+        through_z = g
+        if z is not None:
+            gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
+            sig = sigmoid(gate)
+            through_z = g * sig * (1.0 + gate * (1.0 - sig))
+            g = g * gate * sig
+        dx = dt * x
+        y = skip * x
+        through_B = tl.zeros([BD, T], tl.float32)
+        through_A = tl.zeros([BD, T], tl.float32)
+        for n in range(N):
+            place = (s * channels + d) * N + n  # in buffers [B or S, D, N]
+            a = tl.load(A + d * A_d + n * A_n, in_d, 0.0).to(tl.float32) * LOG2E  # [BD, 1]
+            h_in = tl.zeros([BD, 1], tl.float32)
+            if c > 0:
+                h_in = tl.load(carry + ((row + c) * channels + d) * N + n, in_d, 0.0)
+            elif h0 is not None:
+                h_in = tl.load(h0 + s * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
+            dh_after = tl.zeros([BD, 1], tl.float32)
+            if k > 0:
+                dh_after = tl.load(back + place, in_d, 0.0)
+            elif dhT is not None:
+                dh_after = tl.load(dhT + s * dhT_b + d * dhT_d + n * dhT_n, in_d, 0.0).to(tl.float32)
+            n_tile = n + tl.zeros([1, 1], tl.int32)
+            B_t = _tile(B, b, d if B_CONSTANT else lead, n_tile, t, B_b, B_g, B_n, B_l, per_B,
+                        here if B_CONSTANT else in_t, B_CONSTANT)  # fmt: skip
+            C_t = _tile(C, b, d if C_CONSTANT else lead, n_tile, t, C_b, C_g, C_n, C_l, per_C,
+                        here if C_CONSTANT else in_t, C_CONSTANT)  # fmt: skip
+            decay = exp2(dt * a)
+            step = dx * B_t
+            _, h = tl.associative_scan((decay, tl.where(steps == 0, decay * h_in + step, step)), 1, compose)
+            decay_after = exp2(dt_after * a)
+            own = C_t * g
+            _, dh = tl.associative_scan(
+                (decay_after, tl.where(steps == T - 1, decay_after * dh_after + own, own)), 1, compose, reverse=True
+            )
+            through_B += dh * B_t
+            moved = dh * (h - step)  # ḣ_t a_t h_{t-1}
+            through_A += moved * a
+            if dz is not None:
+                y += h * C_t
+            first = tl.sum(tl.where(steps == 0, dh, 0.0), 1, keep_dims=True)
+            tl.store(back + place, first, in_d)
+            if dh0 is not None:
+                if c == 0:
+                    decay_0 = tl.sum(tl.where(steps == 0, decay, 0.0), 1, keep_dims=True)
+                    tl.store(dh0 + place, decay_0 * first, in_d)
+            if dA is not None:
+                sum_A = tl.sum(moved * dt, 1, keep_dims=True)
+                if k > 0:
+                    sum_A += tl.load(dA + place, in_d, 0.0)
+                tl.store(dA + place, sum_A, in_d)
+            if dB is not None:
+                if B_CONSTANT:
+                    sum_B = tl.sum(dh * dx, 1, keep_dims=True)
+                    if k > 0:
+                        sum_B += tl.load(dB + place, in_d, 0.0)
+                    tl.store(dB + place, sum_B, in_d)
+                else:
+                    into = dB + ((block * batch + b) * N + n) * total + t
+                    tl.store(into, tl.sum(dh * dx, 0, keep_dims=True), in_t)
+            if dC is not None:
+                if C_CONSTANT:
+                    sum_C = tl.sum(h * g, 1, keep_dims=True)
+                    if k > 0:
+                        sum_C += tl.load(dC + place, in_d, 0.0)
+                    tl.store(dC + place, sum_C, in_d)
+                else:
+                    into = dC + ((block * batch + b) * N + n) * total + t
+                    tl.store(into, tl.sum(h * g, 0, keep_dims=True), in_t)
+        if du is not None:
+            tl.store(du + b * du_b + d * du_d + t * du_l, dt * through_B + skip * g, here)
+        ddt = x * through_B + LN2 * through_A
+        if SOFTPLUS:
+            ddt *= tl.where(raw > 20.0, 1.0, sigmoid(raw))
+        ddt = tl.where(here, ddt, 0.0)
+        if ddelta is not None:
+            tl.store(ddelta + b * ddt_b + d * ddt_d + t * ddt_l, ddt, here)
+        if dz is not None:
+            tl.store(dz + b * dz_b + d * dz_d + t * dz_l, through_z * y, here)
+        sum_bias += tl.sum(ddt, 1, keep_dims=True)
+        sum_D += tl.sum(g * x, 1, keep_dims=True)
+        tl.debug_barrier()  # the next chunk reads what this one wrote
+    if dD is not None:
+        tl.store(dD + s * channels + d, sum_D, in_d)
+    if dbias is not None:
+        tl.store(dbias + s * channels + d, sum_bias, in_d)
+
+
+def ssm_scan_bwd(
+    grad_out: Tensor | None, grad_final_state: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, packed: Packed | None,
+    carry: Tensor | None, grads: list[Tensor | None],
+) -> None:  # fmt: skip
+    """Write the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state into `grads`, None for one unwanted.
+
+    Those of u, delta and z have the layout of their input, the others are fp32 and contiguous. `carry` is what the
+    forward left.
+    """
+    shape = Shape.of(u, A, B, C, packed)
+    if not (shape.sequences and shape.channels and shape.length and shape.state):
+        return _trivial_bwd(grad_out, grad_final_state, u, D, z, grads)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = grads
+    steps = (
+        *u.stride(), *delta.stride(), *A.stride(), *strides(B), *strides(C), *optional(D, 1), *optional(z, 3),
+        *optional(delta_bias, 1), *optional(initial_state, 3), *optional(grad_out, 3), *optional(grad_final_state, 3),
+        *optional(du, 3), *optional(ddelta, 3), *optional(dz, 3),
+    )  # fmt: skip
+    flags: dict[str, Any] = {"SOFTPLUS": delta_softplus, "B_CONSTANT": B.ndim == 2, "C_CONSTANT": C.ndim == 2}
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, grad_out, grad_final_state)
+    short = is_short(shape, packed)
+    if short:
+        BD, NI, NK, _, warps = short_tile(shape, 32)
+        blocks = triton.cdiv(shape.per_unit, BD)
+        batches = max(1, min(16, shape.batch * shape.units * blocks // 1024))
+        parts = triton.cdiv(shape.batch, batches)
+    else:
+        T = shape.chunk
+        BD, warps = long_tile_bwd(shape, T)
+        blocks, parts = triton.cdiv(shape.per_unit, BD), shape.sequences
+    sums = _Sums(shape, parts, shape.units * blocks, short, u)
+    into = (du, ddelta, sums.states(dA), sums.matrix(dB, B), sums.matrix(dC, C), sums.channels(dD), dz)
+    into = (*into, sums.channels(dbias), dh0)
+    sizes = (shape.channels, shape.state, shape.per_unit, blocks, *shape.per_group)
+    if short:
+        _short_bwd[(parts, shape.units * blocks)](
+            *inputs, *into, *steps, shape.batch, *sizes, batches, L=shape.length, BD=BD, NI=NI, NK=NK,
+            num_warps=warps, **flags,
+        )  # fmt: skip
+    else:
+        back = u.new_empty((shape.sequences, shape.channels, shape.state), dtype=torch.float32)
+        offsets = None if packed is None else packed.offsets
+        _long_bwd[(shape.units * blocks, shape.sequences)](
+            *inputs, carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
+            triton.cdiv(shape.length, CHUNK.value), BD=BD, T=T, num_warps=warps, **flags,
+        )  # fmt: skip
+    sums.add()
+
+
+def _trivial_bwd(grad_out, grad_final_state, u, D, z, grads) -> None:
+    """No step, or no state: the final state is the initial one, the output what the skip lets through."""
+    du, _, _, _, _, dD, dz, _, dh0 = grads
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()
+    if dh0 is not None and grad_final_state is not None:
+        dh0.copy_(grad_final_state)
+    if grad_out is None or D is None or not u.numel():
+        return
+    g = grad_out.float()
+    skip = D.float()[:, None]
+    if z is not None:
+        s = torch.sigmoid(z.float())
+        if dz is not None:
+            dz.copy_(g * skip * u.float() * s * (1 + z.float() * (1 - s)))
+        g = g * z.float() * s
+    if du is not None:
+        du.copy_(g * skip)
+    if dD is not None:
+        dD.copy_((g * u.float()).sum((0, 2)))
+
+
+def long_tile_bwd(shape: Shape, T: int) -> tuple[int, int]:
+    """Channels and warps: of more channels the sums of dB and dC are fewer."""
+    BD = max(1, min(2048 // T, triton.next_power_of_2(shape.per_unit)))
+    return BD, max(1, min(8, BD * T // 256))
+
+
+class _Sums:
+    """Buffers for what every program adds up for itself, and their sums into the gradients."""
+
+    def __init__(self, shape: Shape, parts: int, blocks: int, by_step: bool, u: Tensor):
+        self.shape, self.parts, self.blocks, self.by_step, self.u = shape, parts, blocks, by_step, u
+        self.pending: list[tuple[Tensor, Tensor]] = []
+
+    def _buffer(self, grad: Tensor | None, *size: int) -> Tensor | None:
+        if grad is None:
+            return None
+        buffer = self.u.new_empty(size, dtype=torch.float32)
+        self.pending.append((grad, buffer))
+        return buffer
+
+    def states(self, grad: Tensor | None) -> Tensor | None:
+        return self._buffer(grad, self.parts, self.shape.channels, self.shape.state)
+
+    def channels(self, grad: Tensor | None) -> Tensor | None:
+        return self._buffer(grad, self.parts, self.shape.channels)
+
+    def matrix(self, grad: Tensor | None, M: Tensor) -> Tensor | None:
+        """For dB or dC: as `states` where M is constant in time, else every block of channels its own [B, L, N]."""
+        if M.ndim == 2:
+            return self.states(grad)
+        times = (self.shape.length, self.shape.state)
+        return self._buffer(grad, self.blocks, self.shape.batch, *(times if self.by_step else times[::-1]))
+
+    def add(self) -> None:
+        for grad, buffer in self.pending:
+            if buffer.ndim < 4:
+                torch.sum(buffer, 0, out=grad)
+                continue
+            groups = grad.shape[1] if grad.ndim == 4 else 1
+            whole = buffer.unflatten(0, (groups, -1)).sum(1).transpose(0, 1)  # [B, G, L, N] or [B, G, N, L]
+            whole = whole.transpose(2, 3) if self.by_step else whole
+            grad.copy_(whole.reshape(grad.shape))
