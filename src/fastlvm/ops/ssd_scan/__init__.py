@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.ssd_scan import cpu, reference
+from fastlvm.ops.ssd_scan import cpu, reference, triton
 
 _OP = "ssd_scan"
 _OPTIONAL = ("D", "z", "dt_bias", "initial_state")
@@ -105,4 +105,4 @@ def _check(
     _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, heads, dim, state))
 
 
-dispatch.register(_OP, ssd_scan, _check, cpu, reference)
+dispatch.register(_OP, ssd_scan, _check, cpu, triton, reference)
