@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.causal_conv1d import cpu, reference
+from fastlvm.ops.causal_conv1d import cpu, reference, triton
 
 _OP = "causal_conv1d"
 _OPTIONAL = ("bias", "initial_state")
@@ -76,4 +76,4 @@ def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state
     _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, channels, width - 1))
 
 
-dispatch.register(_OP, causal_conv1d, _check, cpu, reference)
+dispatch.register(_OP, causal_conv1d, _check, cpu, triton, reference)
