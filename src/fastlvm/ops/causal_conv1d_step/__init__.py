@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.causal_conv1d_step import cpu, reference
+from fastlvm.ops.causal_conv1d_step import cpu, reference, triton
 
 _OP = "causal_conv1d_step"
 _OPTIONAL = ("bias",)
@@ -73,4 +73,4 @@ def _check(x: Any, state: Any, weight: Any, bias: Any, activation: str | None, s
     _checks.check_shape(_OP, "bias", bias, "(D,)", (channels,))
 
 
-dispatch.register(_OP, causal_conv1d_step, _check, cpu, reference)
+dispatch.register(_OP, causal_conv1d_step, _check, cpu, triton, reference)

@@ -5,6 +5,7 @@ Imported when the first tensor arrives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,17 +17,28 @@ from fastlvm.ops._extension import _C
 _SCHEMA = "(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, Tensor? state_indices) -> Tensor"
 
 
-def _cpu(x, state, weight, bias, silu, state_indices):
-    out = _output(x)
-    *tensors, written = _autograd.plain(x, state, weight, bias, out)
-    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), written)
-    _step.tell_autograd(state)
-    return out
+def define(
+    name: str, kernel: Callable[..., Any], device: str = "cpu"
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Register `fastlvm::<name>` for a backend's `kernel(*args, out)`; gives it, and what calls either."""
+
+    def step(x, state, *rest):
+        out = _output(x)
+        kernel(x, state, *rest, out)
+        _step.tell_autograd(state)
+        return out
+
+    op = _step.define(name, _SCHEMA, kernel=step, fake=_output, device=device)
+    return op, _direct.unless_watched(op, step)
 
 
 def _output(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)  # [b, D] laid out as x is
 
 
-causal_conv1d_step = _step.define("causal_conv1d_step", _SCHEMA, kernel=_cpu, fake=_output)
-run = _direct.unless_watched(causal_conv1d_step, _cpu)
+def _cpu(x, state, weight, bias, silu, state_indices, out):
+    *tensors, written = _autograd.plain(x, state, weight, bias, out)
+    _C.causal_conv1d_step(*tensors, silu, _step.plain_indices(state_indices), written)
+
+
+causal_conv1d_step, run = define("causal_conv1d_step", _cpu)
