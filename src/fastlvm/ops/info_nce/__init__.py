@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlvm.ops import _arrays, _checks, dispatch
-from fastlvm.ops.info_nce import cpu, reference
+from fastlvm.ops.info_nce import cpu, reference, triton
 
 _OP = "info_nce"
 _REDUCTIONS = ("mean", "sum", "none")
@@ -130,4 +130,4 @@ def _check_kind(name: str, x: Any, queries: Any, dtype: str) -> None:
         raise ValueError(f"{_OP}: {name} is on {here} but queries is on {there}; move them to one device")
 
 
-dispatch.register(_OP, info_nce, _check, cpu, reference)
+dispatch.register(_OP, info_nce, _check, cpu, triton, reference)
