@@ -28,10 +28,12 @@ ARROWS = {
 EVERYBODY = {"errors", "files", "_C", "__version__"}
 EXTRA = {  # module -> what it may import on top
     "predictor/export.py": {"training", "models"},
+    "predictor/cuda_layers.py": {"kernels"},
+    "predictor/cuda_search.py": {"kernels"},
 }
 WITHOUT_TORCH = ("data", "retrieval", "predictor", "errors.py", "files.py", "cli.py")
 WITHOUT_TORCH += tuple(f"evaluation/{name}.py" for name in ("metrics", "baselines", "latency", "gates", "report"))
-TORCH_ALLOWED = ("predictor/export.py",)
+TORCH_ALLOWED = tuple(f"predictor/{name}.py" for name in ("export", "cuda", "cuda_layers", "cuda_search"))
 
 
 def _fresh(code: str) -> str:

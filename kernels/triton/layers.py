@@ -367,6 +367,8 @@ def linear(
         block, columns, chunk, stages = triton.next_power_of_2(rows), 32, 32 if wide else 128, 3
     else:
         block, columns, chunk, stages = 64, 64, 32 if wide else 64, 3
+    if conv is not None:  # each tap is a load of its own
+        chunk, stages = min(chunk, 128 if rows <= 16 else 64), 2
     chunk = max(16, min(chunk, triton.next_power_of_2(triton.cdiv(inputs, splits))))
     _linear[(triton.cdiv(outputs, columns), triton.cdiv(rows, block), splits)](
         x,

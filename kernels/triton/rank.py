@@ -41,7 +41,7 @@ def _scores(
     there = rows < count
     starts = vectors + rows.to(tl.int64) * row_stride
     total = tl.zeros([TILE, CHUNK], tl.float32)
-    for at in range(0, DIM, CHUNK):
+    for at in tl.static_range(0, DIM, CHUNK):
         columns = at + tl.arange(0, CHUNK)
         inside = columns < DIM
         part = tl.load(query + columns, mask=inside, other=0.0)
@@ -135,7 +135,7 @@ def best_rows(scores: Tensor, best: Tensor, ids: Tensor, found: Tensor, tile: in
     k, tiles = len(ids), len(best)
     few = min(k, tiles)
     chosen = torch.empty(few, dtype=torch.int32, device=scores.device)
-    block, others = 64, 512
+    block, others = 64, 128
     _best_tiles[(triton.cdiv(tiles, block),)](best, chosen, few, TILES=tiles, BLOCK=block, OTHERS=others, num_warps=4)
     _best_rows[(triton.cdiv(few * tile, block),)](
         scores, chosen, ids, found, len(scores), k, TOTAL=few * tile, TILE=tile, BLOCK=block, OTHERS=others, num_warps=4

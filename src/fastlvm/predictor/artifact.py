@@ -138,15 +138,23 @@ def read(folder: str | os.PathLike[str], threads: int | None = None) -> Artifact
     return Artifact(path, config, forward, golden, index)
 
 
-def check_golden(artifact: Artifact, predict: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Raises IntegrityError unless `predict`, raw contexts in, gives the golden predictions."""
+def weights(artifact: Artifact) -> dict[str, np.ndarray]:
+    """The packed tensors, as `read` has checked them: views of the file."""
+    return tensors.read(artifact.path / MODEL)[0]
+
+
+def check_golden(artifact: Artifact, predict: Callable[[np.ndarray], np.ndarray], beside: float = 0.0) -> None:
+    """Raises IntegrityError unless `predict`, raw contexts in, gives the golden predictions.
+
+    beside: what it may be off by on top, where it computes in another precision than the artifact's.
+    """
     with np.errstate(all="ignore"):
         try:
             found = predict(artifact.golden.context)
         except InputError as error:
             raise IntegrityError(f"{artifact.path / GOLDEN}: {error}: export the artifact again") from error
         worst = float(np.abs(found - artifact.golden.prediction).max())
-    tolerance = TOLERANCE[artifact.config["precision"]]
+    tolerance = TOLERANCE[artifact.config["precision"]] + beside
     if not worst <= tolerance:
         raise IntegrityError(
             f"{artifact.path} predicts its golden windows off by {worst:.2g}, and at most {tolerance:g} is wanted: "

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastlvm import _C
 from fastlvm.data import Space
 from fastlvm.errors import InputError, brief, shown
+from fastlvm.ops._extension import _C
 from fastlvm.predictor.layers import SCALE, Layer, Native, Shape, read_layer
 
 

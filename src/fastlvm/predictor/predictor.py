@@ -6,14 +6,16 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from fastlvm import _C
 from fastlvm.errors import InputError
-from fastlvm.predictor import artifact
+from fastlvm.predictor import artifact, contexts
+from fastlvm.predictor.contexts import Found
 from fastlvm.predictor.forward import into_space
 from fastlvm.predictor.stream import Stream
 from fastlvm.retrieval import Index
@@ -22,20 +24,14 @@ from fastlvm.retrieval.index import MOST_THREADS, SearchResult
 from fastlvm.retrieval.rerank import Cost, Reranked, Stage, checked_stages, rerank
 from fastlvm.retrieval.searcher import Own
 
+if TYPE_CHECKING:
+    from fastlvm.data import Payload
+    from fastlvm.predictor.cuda import CudaPredictor
+
+CPU = Literal["cpu"]
+
 MATCH = 1 - 1e-4  # least inner product of a context vector with its own payload row: float16 rounding, whitened
 TIE = 1e-6  # rows this close to the best match cannot be told from it in float32
-UNIT = 1e-3  # a length this far from 1 is float16 rounding, and kept
-
-
-class Found(NamedTuple):
-    """Best first: ids int64 [n, k] are payload rows, scores float32 [n, k], keys int32 [n, k, 2].
-
-    For a single context without the n. Where fewer than k rows remain: id -1, score -inf, key (-1, -1).
-    """
-
-    ids: np.ndarray
-    scores: np.ndarray
-    keys: np.ndarray
 
 
 class Predictor:
@@ -50,14 +46,50 @@ class Predictor:
         moves = _C.Model(1, parts.index.dim, [*into_space(parts.index.space), ("last", {})])
         self._own = Own(moves, MATCH, TIE)
 
+    @overload
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], threads: int | None = None) -> Predictor:
+    def load(cls, folder: str | os.PathLike[str], threads: int | None = ..., device: CPU = ...) -> Predictor: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        threads: None = ...,
+        device: str = ...,
+        *,
+        precision: str | None = ...,
+        payload: Payload | str | os.PathLike[str] | None = ...,
+    ) -> CudaPredictor: ...
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        threads: int | None = None,
+        device: str = "cpu",
+        *,
+        precision: str | None = None,
+        payload: Payload | str | os.PathLike[str] | None = None,
+    ) -> Predictor | CudaPredictor:
         """Read an artifact that `fastlvm.export` wrote, and have it reproduce its golden predictions.
 
         threads: of this predictor's model; None: as many as fastlvm's kernels use (`fastlvm.set_num_threads`). FAISS
-        knows one number for the whole process, and a given one sets it. Raises InputError where there is no
-        artifact or one this version cannot run, IntegrityError where it is damaged.
+        knows one number for the whole process, and a given one sets it.
+
+        device: "cpu", or "cuda" for a `CudaPredictor` on an NVIDIA GPU, which needs torch and triton. It has a
+        precision of its own, "bf16" (None), "fp16" or "fp32", and searches the vectors of the index exactly or, where
+        the index rounds them to bytes, those of `payload`, the payload or its folder.
+
+        Raises InputError where there is no artifact, one this version cannot run, or no such device, IntegrityError
+        where the artifact is damaged.
         """
+        if device != "cpu":
+            if threads is not None:
+                raise InputError(f"threads is {threads!r}, and device {device!r} has none: leave it out")
+            return _on_gpu(folder, device, precision or "bf16", payload)
+        if precision is not None or payload is not None:
+            raise InputError('precision and payload are for device="cuda": an artifact on the CPU has its own')
         whole = isinstance(threads, int) and not isinstance(threads, bool)
         if threads is not None and not (whole and 1 <= threads <= MOST_THREADS):
             raise InputError(f"threads is {threads!r}, and a whole number from 1 to {MOST_THREADS} is wanted")
@@ -158,7 +190,7 @@ class Predictor:
         """
 
         def checked(vector: Any) -> np.ndarray:
-            return self._vectors(vector, (1,), f"[{self.dim}]", "vector")[0].reshape(self.dim)
+            return contexts.unit(contexts.floats(vector, (1,), (self.dim,), f"[{self.dim}]", "vector"), "vector")
 
         stream = Stream(self._forward, self.config["sha256"][artifact.MODEL], checked)
         if state is not None:
@@ -179,37 +211,7 @@ class Predictor:
 
     def _checked(self, context: Any) -> tuple[np.ndarray, bool]:
         """float32 [n, context, dim] of unit vectors, and whether a single context was given."""
-        wanted = f"[n, {self.context}, {self.dim}] or [{self.context}, {self.dim}]"
-        vectors, ndim = self._vectors(context, (2, 3), wanted, "context")
-        return vectors.reshape(-1, self.context, self.dim), ndim == 2
-
-    def _vectors(self, given: Any, ndims: tuple[int, ...], wanted: str, name: str) -> tuple[np.ndarray, int]:
-        """float32 [..., dim] of unit vectors as `given` holds them, and how many axes it has."""
-        try:
-            raw = np.asarray(given)
-        except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(given).__name__
-            raise InputError(f"{name} is a {kind} that is no array ({error}), and {wanted} is wanted") from error
-        if not np.issubdtype(raw.dtype, np.floating):
-            raise InputError(f"{name} is {raw.dtype}, and a float array {wanted} is wanted")
-        tail = (self.context, self.dim) if max(ndims) > 1 else (self.dim,)
-        if raw.ndim not in ndims or raw.shape[-len(tail) :] != tail:
-            raise InputError(f"{name} has shape {list(raw.shape)}, and {wanted} is wanted")
-        with np.errstate(over="ignore"):
-            vectors = np.ascontiguousarray(raw, dtype=np.float32)
-        squares = np.einsum("...d,...d->...", vectors, vectors, dtype=np.float64)
-        if not np.isfinite(squares).all():
-            at = _first(~np.isfinite(vectors).all(axis=-1))
-            raise InputError(f"{name}{at} holds a value that is not finite in float32: mend that vector")
-        if not squares.all():
-            at = _first(np.equal(squares, 0))
-            raise InputError(f"{name}{at} is all zeros, and an encoder's vector is wanted: leave that window out")
-        lengths = np.sqrt(squares)
-        off = np.abs(lengths - 1) > UNIT
-        if off.any():
-            scaled = (vectors / lengths[..., None]).astype(np.float32)
-            vectors = np.where(off[..., None], scaled, vectors)
-        return vectors, raw.ndim
+        return contexts.checked(context, self.context, self.dim)
 
     def __repr__(self) -> str:
         return f"Predictor({self.path}, {self.context} × {self.dim}, {self.config['precision']}, {self.index!r})"
@@ -254,7 +256,12 @@ class Predictor:
         return self.index.payload_id
 
 
-def _first(bad: Any) -> str:
-    """Where the first true entry is, as an index into what the caller gave."""
-    place = np.argwhere(bad)[0]
-    return f"[{', '.join(map(str, place))}]" if place.size else ""
+def _on_gpu(
+    folder: str | os.PathLike[str], device: str, precision: str, payload: Payload | str | os.PathLike[str] | None
+) -> CudaPredictor:
+    for name in ("torch", "triton"):
+        if find_spec(name) is None:
+            raise InputError(f"device is {device!r}, and {name} is not installed: pip install {name}")
+    from fastlvm.predictor.cuda import CudaPredictor
+
+    return CudaPredictor.load(folder, device, precision=precision, payload=payload)

@@ -310,6 +310,21 @@ class Index:
         return self._meta.id
 
     @property
+    def rows(self) -> np.ndarray:
+        """Rows that a search can find, int64, ascending: of a duplicate group one, and what was added and is there."""
+        found = self._rows.of[: self._rows.count]
+        return np.sort(found[self._rows.there(found)])
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Keys of all rows that there ever were, int32 [total, 2]."""
+        return self._rows.keys
+
+    def stands_for(self, ids: np.ndarray) -> np.ndarray:
+        """Of rows int64 [...] the ones that a search finds in their place: of a duplicate group the one in `rows`."""
+        return self._rows.of[self._rows.numbers(ids)]
+
+    @property
     def total(self) -> int:
         """Rows that there ever were, those that are gone among them: ids are 0 to total - 1."""
         return self._rows.total
