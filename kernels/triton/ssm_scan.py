@@ -22,6 +22,7 @@ from .math import LOG2E, exp2, sigmoid, softplus
 
 SHORT = 8  # steps, up to which time is unrolled
 CHUNK: tl.constexpr = tl.constexpr(256)  # steps at most of a chunk: 8 a lane, for 16-byte loads of 16-bit numbers
+ONCE: tl.constexpr = tl.constexpr("")  # eviction policy
 WIDEST = 512  # state dimensions that the short regime holds in registers
 
 
@@ -76,11 +77,17 @@ def strides(M: Tensor) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _tile(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr):
+def _tile(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr, KIND: tl.constexpr):
     """B or C at the places given, in float32; `channel` is any one of the group where they are not CONSTANT in time."""
     group = channel if CONSTANT else channel // per_group
     offset = batch * s_b + group.to(tl.int64) * s_g + n.to(tl.int64) * s_n + t * s_l
-    return tl.load(M + offset, mask, 0.0).to(tl.float32)
+    return tl.load(M + offset, mask, 0.0, eviction_policy=KIND).to(tl.float32)
+
+
+@triton.jit
+def held_zeros(loaded):
+    """Zeros in the layout of a tile that was loaded: what starts from a constant would be computed anew in others."""
+    return tl.minimum(tl.maximum(loaded, 0.0), 0.0)
 
 
 @triton.jit
@@ -110,7 +117,7 @@ def _short(
         b = (tl.program_id(0) * BATCHES + i).to(tl.int64)
         here = in_d & (b < batch)
         here_n = in_n & (b < batch)
-        h = tl.zeros([BD, NI, NK], tl.float32)
+        h = held_zeros(a)
         if h0 is not None:
             h = tl.load(h0 + b * h_b + d * h_d + n.to(tl.int64) * h_n, here & in_n, 0.0).to(tl.float32)
         for t in tl.static_range(L):
@@ -120,10 +127,10 @@ def _short(
                 dt = softplus(dt)
             in_B = here & in_n if B_CONSTANT else here_n
             in_C = here & in_n if C_CONSTANT else here_n
-            B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B, in_B, B_CONSTANT)
-            C_t = _tile(C, b, d if C_CONSTANT else lead, n, t, C_b, C_g, C_n, C_l, per_C, in_C, C_CONSTANT)
+            B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B, in_B, B_CONSTANT, ONCE)
+            C_t = _tile(C, b, d if C_CONSTANT else lead, n, t, C_b, C_g, C_n, C_l, per_C, in_C, C_CONSTANT, ONCE)
             if t == 0 and h0 is None:  # a state that is zero needs no decay
-                h = (dt * x) * B_t
+                h = (dt * x) * B_t + h
             else:
                 h = exp2(dt * a) * h + (dt * x) * B_t
             y = tl.sum(tl.sum(h * C_t, 1, keep_dims=True), 2, keep_dims=True) + skip * x
@@ -189,9 +196,9 @@ def _long(
                 h_in = tl.load(h0 + s * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
             n_B = n + tl.zeros([1, 1], tl.int32)
             B_t = _tile(B, b, d if B_CONSTANT else lead, n_B, t, B_b, B_g, B_n, B_l, per_B,
-                        here if B_CONSTANT else in_t, B_CONSTANT)  # fmt: skip
+                        here if B_CONSTANT else in_t, B_CONSTANT, ONCE)  # fmt: skip
             C_t = _tile(C, b, d if C_CONSTANT else lead, n_B, t, C_b, C_g, C_n, C_l, per_C,
-                        here if C_CONSTANT else in_t, C_CONSTANT)  # fmt: skip
+                        here if C_CONSTANT else in_t, C_CONSTANT, ONCE)  # fmt: skip
             decay = exp2(dt * a)
             step = dx * B_t
             step = tl.where(steps == 0, decay * h_in + step, step)

@@ -21,9 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import CHUNK, Packed, Shape, _tile, compose, is_short, optional, short_tile, strides
+from .ssm_scan import CHUNK, ONCE, Packed, Shape, _tile, compose, held_zeros, is_short, optional, short_tile, strides
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Of loads that come a second time: otherwise the compiler keeps what the first gave, and all that was computed from it,
+# in registers that are not there.
+AGAIN: tl.constexpr = tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -50,12 +53,10 @@ def _short_bwd(
         bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
     if D is not None:
         skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
-    zeros = tl.zeros([BD, NI, NK], tl.float32)
+    zeros = held_zeros(a)
     sum_A = zeros
     sum_B = zeros
     sum_C = zeros
-    sum_D = tl.zeros([BD, 1, 1], tl.float32)
-    sum_bias = tl.zeros([BD, 1, 1], tl.float32)
     for i in range(batches):
         b = (part * batches + i).to(tl.int64)
         here = in_d & (b < batch)
@@ -72,26 +73,29 @@ def _short_bwd(
             if SOFTPLUS:
                 dt = softplus(dt)
             B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B,
-                        here_dn if B_CONSTANT else here_n, B_CONSTANT)  # fmt: skip
+                        here_dn if B_CONSTANT else here_n, B_CONSTANT, ONCE)  # fmt: skip
             if t == 0 and h0 is None:
-                h = (dt * x) * B_t
+                h = (dt * x) * B_t + zeros
             else:
                 h = exp2(dt * a) * h + (dt * x) * B_t
+        sum_D = tl.zeros([BD, 1, 1], tl.float32)
+        sum_bias = tl.zeros([BD, 1, 1], tl.float32)
         dh = zeros
         if dhT is not None:
             dh = tl.load(dhT + b * dhT_b + d * dhT_d + n.to(tl.int64) * dhT_n, here_dn, 0.0).to(tl.float32)
-        for k in tl.static_range(L):
-            t: tl.constexpr = L - 1 - k
-            x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
-            raw = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
+        for t in tl.static_range(L - 1, -1, -1):
+            x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0, eviction_policy=AGAIN).to(tl.float32)
+            raw = (
+                tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0, eviction_policy=AGAIN).to(tl.float32) + bias
+            )
             dt = softplus(raw) if SOFTPLUS else raw
             g = tl.zeros([BD, 1, 1], tl.float32)
             if dout is not None:
                 g = tl.load(dout + b * do_b + d * do_d + t * do_l, here, 0.0).to(tl.float32)
             B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B,
-                        here_dn if B_CONSTANT else here_n, B_CONSTANT)  # fmt: skip
+                        here_dn if B_CONSTANT else here_n, B_CONSTANT, AGAIN)  # fmt: skip
             C_t = _tile(C, b, d if C_CONSTANT else lead, n, t, C_b, C_g, C_n, C_l, per_C,
-                        here_dn if C_CONSTANT else here_n, C_CONSTANT)  # fmt: skip
+                        here_dn if C_CONSTANT else here_n, C_CONSTANT, AGAIN)  # fmt: skip
             if z is not None:
                 gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
                 s = sigmoid(gate)
@@ -104,13 +108,13 @@ def _short_bwd(
                 if C_CONSTANT:
                     sum_C += h * g
                 else:
-                    row = ((block * batch.to(tl.int64) + b) * L + t) * N + n
+                    row = ((block.to(tl.int64) * batch + b) * L + t) * N + n
                     tl.store(dC + row, tl.sum(h * g, 0, keep_dims=True), here_n)
             if dB is not None:
                 if B_CONSTANT:
                     sum_B += dh * (dt * x)
                 else:
-                    row = ((block * batch.to(tl.int64) + b) * L + t) * N + n
+                    row = ((block.to(tl.int64) * batch + b) * L + t) * N + n
                     tl.store(dB + row, tl.sum(dh * (dt * x), 0, keep_dims=True), here_n)
             through_B = tl.sum(tl.sum(dh * B_t, 1, keep_dims=True), 2, keep_dims=True)
             ddt = x * through_B
@@ -130,6 +134,10 @@ def _short_bwd(
             sum_D += g * x
         if dh0 is not None:
             tl.store(dh0 + (b * channels + d) * N + n, dh, here_dn)
+        if dD is not None:
+            tl.store(dD + b * channels + d, sum_D, here)
+        if dbias is not None:
+            tl.store(dbias + b * channels + d, sum_bias, here)
     place = (part.to(tl.int64) * channels + d) * N + n
     if dA is not None:
         tl.store(dA + place, sum_A, in_d & in_n)
@@ -137,10 +145,6 @@ def _short_bwd(
         tl.store(dB + place, sum_B, in_d & in_n)
     if C_CONSTANT and dC is not None:
         tl.store(dC + place, sum_C, in_d & in_n)
-    if dD is not None:
-        tl.store(dD + part.to(tl.int64) * channels + d, sum_D, in_d)
-    if dbias is not None:
-        tl.store(dbias + part.to(tl.int64) * channels + d, sum_bias, in_d)
 
 
 @triton.jit
@@ -215,9 +219,9 @@ def _long_bwd(
                 dh_after = tl.load(dhT + s * dhT_b + d * dhT_d + n * dhT_n, in_d, 0.0).to(tl.float32)
             n_tile = n + tl.zeros([1, 1], tl.int32)
             B_t = _tile(B, b, d if B_CONSTANT else lead, n_tile, t, B_b, B_g, B_n, B_l, per_B,
-                        here if B_CONSTANT else in_t, B_CONSTANT)  # fmt: skip
+                        here if B_CONSTANT else in_t, B_CONSTANT, ONCE)  # fmt: skip
             C_t = _tile(C, b, d if C_CONSTANT else lead, n_tile, t, C_b, C_g, C_n, C_l, per_C,
-                        here if C_CONSTANT else in_t, C_CONSTANT)  # fmt: skip
+                        here if C_CONSTANT else in_t, C_CONSTANT, ONCE)  # fmt: skip
             decay = exp2(dt * a)
             step = dx * B_t
             _, h = tl.associative_scan((decay, tl.where(steps == 0, decay * h_in + step, step)), 1, compose)
@@ -249,7 +253,7 @@ def _long_bwd(
                         sum_B += tl.load(dB + place, in_d, 0.0)
                     tl.store(dB + place, sum_B, in_d)
                 else:
-                    into = dB + ((block * batch + b) * N + n) * total + t
+                    into = dB + ((block.to(tl.int64) * batch + b) * N + n) * total + t
                     tl.store(into, tl.sum(dh * dx, 0, keep_dims=True), in_t)
             if dC is not None:
                 if C_CONSTANT:
@@ -258,7 +262,7 @@ def _long_bwd(
                         sum_C += tl.load(dC + place, in_d, 0.0)
                     tl.store(dC + place, sum_C, in_d)
                 else:
-                    into = dC + ((block * batch + b) * N + n) * total + t
+                    into = dC + ((block.to(tl.int64) * batch + b) * N + n) * total + t
                     tl.store(into, tl.sum(h * g, 0, keep_dims=True), in_t)
         if du is not None:
             tl.store(du + b * du_b + d * du_d + t * du_l, dt * through_B + skip * g, here)
@@ -377,7 +381,7 @@ class _Sums:
         return self._buffer(grad, self.parts, self.shape.channels, self.shape.state)
 
     def channels(self, grad: Tensor | None) -> Tensor | None:
-        return self._buffer(grad, self.parts, self.shape.channels)
+        return self._buffer(grad, self.shape.sequences, self.shape.channels)
 
     def matrix(self, grad: Tensor | None, M: Tensor) -> Tensor | None:
         """For dB or dC: as `states` where M is constant in time, else every block of channels its own [B, L, N]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.ssm_step import cpu, reference
+from fastlvm.ops.ssm_step import cpu, reference, triton
 
 _OP = "ssm_step"
 _OPTIONAL = ("D", "z", "delta_bias")
@@ -104,4 +104,4 @@ def _check_layout(name: str, M: Any, batch: int, channels: int, size: int) -> No
         raise ValueError(f"{_OP}: {name} has {groups} groups; wants a number that divides the {channels} channels")
 
 
-dispatch.register(_OP, ssm_step, _check, cpu, reference)
+dispatch.register(_OP, ssm_step, _check, cpu, triton, reference)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlvm.ops import _autograd, _direct, _step
 from fastlvm.ops._extension import _C
 
-_SCHEMA = (
+SCHEMA = (
     "(Tensor(a!) state, Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, bool delta_softplus, Tensor? state_indices) -> Tensor"
 )
@@ -28,5 +28,5 @@ def _output(state: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)  # [b, D] laid out as x is
 
 
-ssm_step = _step.define("ssm_step", _SCHEMA, kernel=_cpu, fake=_output)
+ssm_step = _step.define("ssm_step", SCHEMA, kernel=_cpu, fake=_output)
 run = _direct.unless_watched(ssm_step, _cpu)
