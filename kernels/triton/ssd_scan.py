@@ -81,9 +81,21 @@ def cumulated(step, rate):
 
 
 @triton.jit
-def decay_between(high, low, high_to, low_to):
-    """exp of the decays after the one up to `high` until the one at `high_to`."""
-    return exp2((high_to - high) + (low_to - low))
+def decay_between(high, low, since, until, EXACT: tl.constexpr):
+    """exp of the decays after the one at `since` up to the one at `until`, which are places in the running sums.
+
+    Not EXACT is within half a unit of a 16-bit number, where a chunk's decays do not multiply to less than 2^-4096.
+    """
+    log = tl.load(high + until) - tl.load(high + since)
+    if EXACT:
+        log += tl.load(low + until) - tl.load(low + since)
+    return exp2(log)
+
+
+@triton.jit
+def decay_until(high, low, until):
+    """exp of the decays from the beginning of the chunk on."""
+    return exp2(tl.load(high + until) + tl.load(low + until))
 
 
 @triton.jit
@@ -116,7 +128,7 @@ def _steps_kernel(
 def _states_kernel(
     x, B, initial, states, final, steps, high, low, table, count, length, per_row, heads, per_group,
     x_s, B_s, initial_s, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile [BP, BN] of a head's state through the chunks of a sequence."""
     NP: tl.constexpr = (P + BP - 1) // BP
@@ -129,8 +141,8 @@ def _states_kernel(
     here = p < P
     state = tl.zeros([BP, BN], tl.float32)
     if initial is not None:
-        at = initial + wide(sequence) * initial_s[0] + wide(h) * initial_s[1]
-        state = tile(at, p, here, n, (initial_s[2], initial_s[3]), N, BN).to(tl.float32)
+        at_initial = initial + wide(sequence) * initial_s[0] + wide(h) * initial_s[1]
+        state = tile(at_initial, p, here, n, (initial_s[2], initial_s[3]), N, BN).to(tl.float32)
     t = tl.arange(0, Q)
     first, end = chunks_of(sequence, table, per_row, count, PACKED)
     for k in range(first, end):
@@ -138,17 +150,16 @@ def _states_kernel(
         of = wide(k) * heads + h
         if states is not None:
             put(states + of * (P * N), state.to(DOT), p, here, n, (N, 1), N, BN)
-        last, last_low = tl.load(high + of * Q + Q - 1), tl.load(low + of * Q + Q - 1)
-        at = of * Q + t
-        weight = decay_between(tl.load(high + at), tl.load(low + at), last, last_low) * tl.load(steps + at)
+        since, until = of * Q + t, of * Q + Q - 1
+        weight = decay_between(high, low, since, until, True) * tl.load(steps + since)
         at = x + row * x_s[0] + begin * x_s[1] + wide(h) * x_s[2]
         inputs = tile(at, t, t < tokens, p, (x_s[1], x_s[3]), P, BP).to(tl.float32) * weight[:, None]  # [Q, BP]
         at = B + row * B_s[0] + begin * B_s[1] + wide(h // per_group) * B_s[2]
         b = tile(at, t, t < tokens, n, (B_s[1], B_s[3]), N, BN).to(DOT)  # [Q, BN]
         rounded = inputs.to(DOT)
-        state *= exp2(last + last_low)
+        state *= decay_until(high, low, until)
         state = tl.dot(tl.trans(rounded), b, state, input_precision=PRECISION)
-        if EXACT:  # what rounding took, in a second product
+        if SPLIT:  # what rounding took, in a second product
             rest = (inputs - rounded.to(tl.float32)).to(DOT)
             state = tl.dot(tl.trans(rest), b, state, input_precision=PRECISION)
     if final is not None:
@@ -161,7 +172,7 @@ def _scan_kernel(
     x, B, C, D, z, states, steps, high, low, out, grad_out, grad_z, table, length, per_row, heads, per_group, splits,
     x_s, B_s, C_s, D_s, z_s, out_s, grad_out_s, grad_z_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of T tokens of a chunk, for HEADS heads of a group, which share C Bᵀ.
 
@@ -192,11 +203,8 @@ def _scan_kernel(
 
     for h in range(begin_h, end_h):
         of = wide(k) * heads + h
-        high_t, low_t = tl.load(high + of * Q + t), tl.load(low + of * Q + t)
-        decay = decay_between(
-            tl.load(high + of * Q + s)[None, :], tl.load(low + of * Q + s)[None, :], high_t[:, None], low_t[:, None]
-        )
-        weights = products * tl.load(steps + of * Q + s)[None, :] * decay
+        since, until = (of * Q + s)[None, :], (of * Q + t)[:, None]
+        weights = products * tl.load(steps + since) * decay_between(high, low, since, until, EXACT)
         weights = tl.where(t[:, None] >= s[None, :], weights, 0.0).to(DOT)  # [T, Q]
         at_x = x + row * x_s[0] + begin * x_s[1] + wide(h) * x_s[2]
         inputs = tile(at_x, s, s < count, p, (x_s[1], x_s[3]), P, BP).to(DOT)  # [Q, BP]
@@ -208,7 +216,7 @@ def _scan_kernel(
                     c = tile(C + lines_C, t, t < count, n, (C_s[1], C_s[3]), N, BN).to(DOT)
                 state = tile(states + of * (P * N), p, p < P, n, (N, 1), N, BN)  # [BP, BN]
                 y = tl.dot(c, tl.trans(state), y, input_precision=PRECISION)
-            y *= exp2(high_t + low_t)[:, None]
+            y *= decay_until(high, low, of * Q + t)[:, None]
         y = tl.dot(weights, inputs, y, input_precision=PRECISION)
         _finish_output(
             y, at_x, D, z, out, grad_out, grad_z, row, begin, wide(h), t, t < count, p, x_s, D_s, z_s, out_s,
@@ -246,7 +254,7 @@ def _finish_output(
 def _single_kernel(
     x, dt, A, B, C, D, z, dt_bias, initial, out, final, length, heads, per_group, x_s, dt_s, A_s, B_s, C_s, D_s, z_s,
     bias_s, initial_s, out_s, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All of a head whose sequence fits one chunk: outputs [Q, BP] and, where wanted, the final state."""
     NP: tl.constexpr = (P + BP - 1) // BP
@@ -279,7 +287,8 @@ def _single_kernel(
             state = tile(at, p, p < P, n, (initial_s[2], initial_s[3]), N, BN).to(DOT)  # [BP, BN]
             y = tl.dot(c, tl.trans(state), y, input_precision=PRECISION)
     y *= exp2(high + low)[:, None]
-    weights = products * step[None, :] * decay_between(high[None, :], low[None, :], high[:, None], low[:, None])
+    decay = exp2((high[:, None] - high[None, :]) + (low[:, None] - low[None, :]))
+    weights = products * step[None, :] * decay
     weights = tl.where(t[:, None] >= t[None, :], weights, 0.0).to(DOT)
     y = tl.dot(weights, inputs.to(DOT), y, input_precision=PRECISION)
     none = (0, 0, 0, 0)
@@ -287,10 +296,10 @@ def _single_kernel(
         y, at_x, D, z, out, None, None, row, 0, h, t, live, p, x_s, D_s, z_s, out_s, none, none, P, BP
     )  # fmt: skip
     if final is not None:
-        # Past the end the running sum stands still, so that its largest element in time is the last one.
+        # Past the end the running sum stands still: the last one is that of the last token.
         last = tl.sum(tl.where(t == Q - 1, high, 0.0), 0)
         last_low = tl.sum(tl.where(t == Q - 1, low, 0.0), 0)
-        weighted = inputs.to(tl.float32) * (step * decay_between(high, low, last, last_low))[:, None]
+        weighted = inputs.to(tl.float32) * (step * exp2((last - high) + (last_low - low)))[:, None]
         rounded = weighted.to(DOT)
         for i in tl.static_range(NN):
             n = i * BN + tl.arange(0, BN)
@@ -301,7 +310,7 @@ def _single_kernel(
                 state *= exp2(last + last_low)
             b = tile(B + row * B_s[0] + g * B_s[2], t, live, n, (B_s[1], B_s[3]), N, BN).to(DOT)
             state = tl.dot(tl.trans(rounded), b, state, input_precision=PRECISION)
-            if EXACT:
+            if SPLIT:
                 rest = (weighted - rounded.to(tl.float32)).to(DOT)
                 state = tl.dot(tl.trans(rest), b, state, input_precision=PRECISION)
             put(final + (row * heads + h) * (P * N), state, p, p < P, n, (N, 1), N, BN)
@@ -335,7 +344,9 @@ def plan(x: Tensor, B: Tensor, C: Tensor, offsets: Sequence[int] | None) -> Plan
     """The plan for a call; `offsets` are those of packed sequences."""
     batch, length, _, dim = x.shape
     half = x.dtype != torch.float32 and x.dtype == B.dtype == C.dtype
-    target = "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    target = (
+        "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    )
     if half:
         dot, precision = x.dtype, "ieee"
         Q, T, BP, BN = 128, 64, 64, 128
@@ -406,7 +417,7 @@ def entering_states(
         _states_kernel[(programs,)](
             x, B, initial, states, final, *sums, cut.table, cut.count, length, cut.per_row, heads, heads // groups,
             x.stride(), B.stride(), strides(initial), P=dim, N=size, BP=cut.BP, BN=BN,
-            EXACT=cut.half and final is not None, **cut.dots, **cut.where, num_warps=4, num_stages=3 if cut.half else 2,
+            SPLIT=cut.half and final is not None, **cut.dots, **cut.where, num_warps=4, num_stages=3 if cut.half else 2,
         )  # fmt: skip
     return states
 
@@ -427,7 +438,7 @@ def outputs(
             x, B, C, D, z, states, *sums, out, grad_out, grad_z, cut.table, length, cut.per_row, heads,
             heads // groups, splits, x.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), out.stride(),
             strides(grad_out), strides(grad_z), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN,
-            **cut.dots, **cut.where, num_warps=4, num_stages=2,
+            EXACT=not cut.half, **cut.dots, **cut.where, num_warps=4, num_stages=2,
         )  # fmt: skip
 
 
@@ -448,7 +459,7 @@ def forward(
                 x, dt, A, B, C, D, z, dt_bias, initial, out, final, length, heads, heads // groups, x.stride(),
                 dt.stride(), *A.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), *strides(dt_bias, 1),
                 strides(initial), out.stride(), P=dim, N=size, BP=cut.BP, BN=cut.BN, SOFTPLUS=dt_softplus,
-                EXACT=cut.half and final is not None, **cut.dots, num_warps=8 if cut.Q == 128 else 4,
+                SPLIT=cut.half and final is not None, **cut.dots, num_warps=8 if cut.Q == 128 else 4,
             )  # fmt: skip
         return
     sums = running_sums(dt, A, dt_bias, dt_softplus, cut)

@@ -7,8 +7,9 @@ The states are computed again. With G the gradient of the state that leaves a ch
     dC_t = Σ_s M_ts dt_s R_ts B_s + f_t Hᵀ dy_t                           f_t: decay from its beginning to t
     dB_s = Σ_t M_ts dt_s R_ts C_t + e_s dt_s Gᵀ x_s
 
-The gradient of a decay is the sum over all pairs s < t that it lies between. Inside a chunk that is a running sum of row
-sums less column sums of V dt, whose diagonal, which no decay touches, stays out: it would drown what strong decays leave.
+The gradient of a decay is the sum over all pairs s < t that it lies between. Inside a chunk that is a running sum of
+row sums less column sums of V dt, whose diagonal, which no decay touches, stays out: it would drown what strong decays
+leave.
 Nothing is added in an order that may change.
 """
 
@@ -19,14 +20,13 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fastlvm.kernels.triton.math import exp2, sigmoid
+from fastlvm.kernels.triton.math import sigmoid
 from fastlvm.kernels.triton.ssd_scan import (
     PROGRAMS,
     Plan,
     chunks_of,
     decay_between,
+    decay_until,
     entering_states,
     outputs,
     plan,
@@ -38,6 +38,7 @@ from fastlvm.kernels.triton.ssd_scan import (
     tile,
     wide,
 )
+from torch import Tensor
 
 
 @triton.jit
@@ -60,8 +61,8 @@ def _states_bwd_kernel(
     here = p < P
     state = tl.zeros([BP, BN], tl.float32)
     if grad_final is not None:
-        at = grad_final + wide(sequence) * final_s[0] + h * final_s[1]
-        state = tile(at, p, here, n, (final_s[2], final_s[3]), N, BN).to(tl.float32)
+        at_final = grad_final + wide(sequence) * final_s[0] + h * final_s[1]
+        state = tile(at_final, p, here, n, (final_s[2], final_s[3]), N, BN).to(tl.float32)
     t = tl.arange(0, Q)
     first, end = chunks_of(sequence, table, per_row, count, PACKED)
     for i in range(end - first):
@@ -70,13 +71,13 @@ def _states_bwd_kernel(
         of = wide(k) * heads + h
         if grads is not None:
             put(grads + of * (P * N), state, p, here, n, (N, 1), N, BN)
-        decay = exp2(tl.load(high + of * Q + Q - 1) + tl.load(low + of * Q + Q - 1))
+        decay = decay_until(high, low, of * Q + Q - 1)
         if kept is not None:
             at = states + wide(k) * states_s[0] + h * states_s[1]
             entered = tile(at, p, here, n, (states_s[2], states_s[3]), N, BN).to(tl.float32)
             at = kept + (pid % NN * wide(count) * heads + of) * P + p
             tl.store(at, tl.sum(state * entered, 1) * decay, mask=here)
-        weight = exp2(tl.load(high + of * Q + t) + tl.load(low + of * Q + t))
+        weight = decay_until(high, low, of * Q + t)
         at = grad + row * grad_s[0] + begin * grad_s[1] + h * grad_s[2]
         dy = tile(at, t, t < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(tl.float32) * weight[:, None]  # [Q, BP]
         at = C + row * C_s[0] + begin * C_s[1] + h // per_group * C_s[2]
@@ -88,22 +89,19 @@ def _states_bwd_kernel(
 
 @triton.jit
 def _inputs_bwd_kernel(
-    x, B, C, D, grad, grads, steps, high, low, grad_x, products_bwd, rows, columns, diagonal, skips, table, count,
-    length, per_row, heads, per_group, splits, x_s, B_s, C_s, D_s, grad_s, grads_s, grad_x_s, P: tl.constexpr,
-    N: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    B, C, D, grad, grads, steps, high, low, grad_x, table, length, per_row, heads, per_group, splits, B_s, C_s, D_s, grad_s, grads_s, grad_x_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
+    Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of T inputs x_s of a chunk for HEADS heads of a group; sums of V for the decays, of M dt R for B and C.
-
-    Tiles [T, Q] have a row for s, a column for t.
-    """
+    """Gradients of T inputs of a chunk for HEADS heads of a group, which share B Cᵀ."""
     NP: tl.constexpr = (P + BP - 1) // BP
     NN: tl.constexpr = (N + BN - 1) // BN
     TILES: tl.constexpr = Q // T
     pid = tl.program_id(0)
     s = pid % TILES * T + tl.arange(0, T)
-    split = pid // TILES % splits
-    k = pid // TILES // splits
+    p = pid // TILES % NP * BP + tl.arange(0, BP)
+    split = pid // (TILES * NP) % splits
+    k = pid // (TILES * NP) // splits
     parts = tl.cdiv(per_group, HEADS)
     g = wide(split // parts)
     begin_h = split // parts * per_group + split % parts * HEADS
@@ -117,70 +115,104 @@ def _inputs_bwd_kernel(
         b = tile(B + lines_B, s, s < tokens, n, (B_s[1], B_s[3]), N, BN).to(DOT)  # [T, BN]
         c = tile(C + lines_C, t, t < tokens, n, (C_s[1], C_s[3]), N, BN).to(DOT)  # [Q, BN]
         products = tl.dot(b, tl.trans(c), products, input_precision=PRECISION)
-    summed = tl.zeros([T, Q], tl.float32)
 
     for h in range(begin_h, end_h):
         of = wide(k) * heads + h
-        h = wide(h)
-        high_s, low_s, step = tl.load(high + of * Q + s), tl.load(low + of * Q + s), tl.load(steps + of * Q + s)
-        decay = decay_between(
-            high_s[:, None], low_s[:, None], tl.load(high + of * Q + t)[None, :], tl.load(low + of * Q + t)[None, :]
-        )
-        decay = tl.where(t[None, :] >= s[:, None], decay, 0.0)
-        at_x = x + row * x_s[0] + begin * x_s[1] + h * x_s[2]
-        at_dy = grad + row * grad_s[0] + begin * grad_s[1] + h * grad_s[2]
-        inner = tl.zeros([T, Q], tl.float32)  # x dyᵀ
+        since, until = (of * Q + s)[:, None], (of * Q + t)[None, :]
+        decay = decay_between(high, low, since, until, EXACT)
+        weights = tl.where(t[None, :] >= s[:, None], products * decay, 0.0).to(DOT)  # [T, Q]
+        at_dy = grad + row * grad_s[0] + begin * grad_s[1] + wide(h) * grad_s[2]
+        dy = tile(at_dy, t, t < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(DOT)  # [Q, BP]
+        dx = tl.zeros([T, BP], tl.float32)
+        if grads is not None:
+            for j in tl.static_range(NN):
+                n = j * BN + tl.arange(0, BN)
+                if NN > 1:
+                    b = tile(B + lines_B, s, s < tokens, n, (B_s[1], B_s[3]), N, BN).to(DOT)
+                at = grads + wide(k) * grads_s[0] + wide(h) * grads_s[1]
+                state = tile(at, p, p < P, n, (grads_s[2], grads_s[3]), N, BN).to(DOT)  # [BP, BN]
+                dx = tl.dot(b, tl.trans(state), dx, input_precision=PRECISION)
+            dx *= decay_between(high, low, of * Q + s, of * Q + Q - 1, True)[:, None]
+        dx = tl.dot(weights, dy, dx, input_precision=PRECISION) * tl.load(steps + of * Q + s)[:, None]
+        if D is not None:
+            own = tile(at_dy, s, s < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(tl.float32)  # [T, BP]
+            dx += own * tl.load(D + wide(h) * D_s[0] + p * D_s[1], mask=p < P, other=0.0).to(tl.float32)[None, :]
+        at_dx = grad_x + row * grad_x_s[0] + begin * grad_x_s[1] + wide(h) * grad_x_s[2]
+        put(at_dx, dx, s, s < tokens, p, (grad_x_s[1], grad_x_s[3]), P, BP)
+
+
+@triton.jit
+def _pairs_bwd_kernel(
+    x, B, C, grad, steps, high, low, pairs, rows, columns, totals, skips, table, count, length, per_row, heads, per_group,
+    splits, x_s, B_s, C_s, grad_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr,
+    T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile [T, T] of the pairs s <= t of a chunk, a row for s: M dt R summed over HEADS heads, and sums of V.
+
+    `totals` and `columns` sum V over the tile's t, with and without its diagonal, `rows` sums V dt over its s.
+    `skips` takes the sums of x dy over the tokens of each tile on the diagonal.
+    """
+    NP: tl.constexpr = (P + BP - 1) // BP
+    NN: tl.constexpr = (N + BN - 1) // BN
+    TILES: tl.constexpr = Q // T
+    PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
+    pid = tl.program_id(0)
+    pair = pid % PAIRS
+    late = 0 * pair
+    for i in tl.static_range(1, TILES):
+        late += (pair >= i * (i + 1) // 2).to(tl.int32)
+    early = pair - late * (late + 1) // 2
+    s, t = early * T + tl.arange(0, T), late * T + tl.arange(0, T)
+    split = pid // PAIRS % splits
+    k = pid // PAIRS // splits
+    parts = tl.cdiv(per_group, HEADS)
+    g = wide(split // parts)
+    begin_h = split // parts * per_group + split % parts * HEADS
+    end_h = tl.minimum(begin_h + HEADS, (split // parts + 1) * per_group)
+    row, begin, tokens = span(k, table, length, per_row, Q, PACKED)
+    lines_B, lines_C = row * B_s[0] + begin * B_s[1] + g * B_s[2], row * C_s[0] + begin * C_s[1] + g * C_s[2]
+    products = tl.zeros([T, T], tl.float32)  # B Cᵀ
+    for j in tl.static_range(NN):
+        n = j * BN + tl.arange(0, BN)
+        b = tile(B + lines_B, s, s < tokens, n, (B_s[1], B_s[3]), N, BN).to(DOT)
+        c = tile(C + lines_C, t, t < tokens, n, (C_s[1], C_s[3]), N, BN).to(DOT)
+        products = tl.dot(b, tl.trans(c), products, input_precision=PRECISION)
+    summed = tl.zeros([T, T], tl.float32)
+    every = wide(count) * heads
+
+    for h in range(begin_h, end_h):
+        of = wide(k) * heads + h
+        at_x = x + row * x_s[0] + begin * x_s[1] + wide(h) * x_s[2]
+        at_dy = grad + row * grad_s[0] + begin * grad_s[1] + wide(h) * grad_s[2]
+        inner = tl.zeros([T, T], tl.float32)  # x dyᵀ
         for i in tl.static_range(NP):
             p = i * BP + tl.arange(0, BP)
-            inputs = tile(at_x, s, s < tokens, p, (x_s[1], x_s[3]), P, BP).to(DOT)  # [T, BP]
-            dy = tile(at_dy, t, t < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(DOT)  # [Q, BP]
+            inputs = tile(at_x, s, s < tokens, p, (x_s[1], x_s[3]), P, BP).to(DOT)
+            dy = tile(at_dy, t, t < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(DOT)
             inner = tl.dot(inputs, tl.trans(dy), inner, input_precision=PRECISION)
-        scores = products * decay
-        inner *= decay
+            if skips is not None and early == late:
+                at_skip = skips + ((wide(k) * TILES + early) * heads + h) * P + p
+                tl.store(at_skip, tl.sum(inputs.to(tl.float32) * dy.to(tl.float32), 0), mask=p < P)
+        decay = decay_between(high, low, (of * Q + s)[:, None], (of * Q + t)[None, :], EXACT)
+        step = tl.load(steps + of * Q + s)
+        inner = tl.where(t[None, :] >= s[:, None], inner * decay, 0.0)
         summed += inner * step[:, None]
         inner *= products
-        later = tl.where(t[None, :] > s[:, None], inner, 0.0)
-        tl.store(columns + of * Q + s, tl.sum(later, 1))
-        tl.store(diagonal + of * Q + s, tl.sum(inner - later, 1))
-        at = (pid % TILES * wide(count) * heads + of) * Q
-        tl.store(rows + at + t, tl.sum(later * step[:, None], 0))
-        scores = scores.to(DOT)
-        weight = decay_between(high_s, low_s, tl.load(high + of * Q + Q - 1), tl.load(low + of * Q + Q - 1))
-        for i in tl.static_range(NP):
-            p = i * BP + tl.arange(0, BP)
-            if NP > 1:
-                dy = tile(at_dy, t, t < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(DOT)
-            dx = tl.zeros([T, BP], tl.float32)
-            if grads is not None:
-                for j in tl.static_range(NN):
-                    n = j * BN + tl.arange(0, BN)
-                    if NN > 1:
-                        b = tile(B + lines_B, s, s < tokens, n, (B_s[1], B_s[3]), N, BN).to(DOT)
-                    at = grads + wide(k) * grads_s[0] + h * grads_s[1]
-                    state = tile(at, p, p < P, n, (grads_s[2], grads_s[3]), N, BN).to(DOT)  # [BP, BN]
-                    dx = tl.dot(b, tl.trans(state), dx, input_precision=PRECISION)
-                dx *= weight[:, None]
-            dx = tl.dot(scores, dy, dx, input_precision=PRECISION) * step[:, None]
-            if D is not None:
-                own = tile(at_dy, s, s < tokens, p, (grad_s[1], grad_s[3]), P, BP).to(tl.float32)  # [T, BP]
-                dx += own * tl.load(D + h * D_s[0] + p * D_s[1], mask=p < P, other=0.0).to(tl.float32)[None, :]
-                if skips is not None:
-                    own *= tile(at_x, s, s < tokens, p, (x_s[1], x_s[3]), P, BP).to(tl.float32)
-                    at = ((wide(k) * TILES + pid % TILES) * heads + h) * P
-                    tl.store(skips + at + p, tl.sum(own, 0), mask=p < P)
-            if grad_x is not None:
-                at = grad_x + row * grad_x_s[0] + begin * grad_x_s[1] + h * grad_x_s[2]
-                put(at, dx, s, s < tokens, p, (grad_x_s[1], grad_x_s[3]), P, BP)
-    at = products_bwd + ((wide(k) * splits + split) * Q + s[:, None]) * Q + t[None, :]
-    tl.store(at, summed)
+        at_s, at_t = (late * every + of) * Q + s, (early * every + of) * Q + t
+        tl.store(totals + at_s, tl.sum(inner, 1))
+        inner = tl.where(t[None, :] > s[:, None], inner, 0.0)
+        tl.store(columns + at_s, tl.sum(inner, 1))
+        tl.store(rows + at_t, tl.sum(inner * step[:, None], 0))
+    tl.store(pairs + ((wide(k) * splits + split) * Q + s[:, None]) * Q + t[None, :], summed)
 
 
 @triton.jit
 def _matrix_bwd_kernel(
     value, states, matrix, other, steps, high, low, products_bwd, out, sums, table, count, length, per_row, heads,
     per_group, groups, splits, parts, value_s, states_s, matrix_s, other_s, out_s, P: tl.constexpr, N: tl.constexpr,
-    HEADS: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, INPUT: tl.constexpr,
+    HEADS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, INPUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `matrix`, B (INPUT) or C, for a chunk and HEADS heads of a group: BN columns.
 
@@ -201,8 +233,8 @@ def _matrix_bwd_kernel(
     live = t < tokens
     total = tl.zeros([Q, BN], tl.float32)
     if states is not None:
-        at = matrix + row * matrix_s[0] + begin * matrix_s[1] + wide(g) * matrix_s[2]
-        own = tile(at, t, live, n, (matrix_s[1], matrix_s[3]), N, BN)  # [Q, BN]
+        at_matrix = matrix + row * matrix_s[0] + begin * matrix_s[1] + wide(g) * matrix_s[2]
+        own = tile(at_matrix, t, live, n, (matrix_s[1], matrix_s[3]), N, BN)  # [Q, BN]
         for h in range(begin_h, end_h):
             of = wide(k) * heads + h
             at_value = value + row * value_s[0] + begin * value_s[1] + wide(h) * value_s[2]
@@ -213,12 +245,10 @@ def _matrix_bwd_kernel(
                 v = tile(at_value, t, live, p, (value_s[1], value_s[3]), P, BP).to(DOT)  # [Q, BP]
                 state = tile(at_state, p, p < P, n, (states_s[2], states_s[3]), N, BN).to(DOT)  # [BP, BN]
                 product = tl.dot(v, state, product, input_precision=PRECISION)
-            high_t, low_t = tl.load(high + of * Q + t), tl.load(low + of * Q + t)
             if INPUT:
-                last, last_low = tl.load(high + of * Q + Q - 1), tl.load(low + of * Q + Q - 1)
-                weight = decay_between(high_t, low_t, last, last_low)
+                weight = decay_between(high, low, of * Q + t, of * Q + Q - 1, True)
             else:
-                weight = exp2(high_t + low_t)
+                weight = decay_until(high, low, of * Q + t)
             at = sums + (pid % NN * wide(count) * heads + of) * Q + t
             tl.store(at, tl.sum(product * own.to(tl.float32), 1) * weight)
             if INPUT:
@@ -232,9 +262,9 @@ def _matrix_bwd_kernel(
             for i in range(part, splits, parts):
                 at = products_bwd + ((wide(k) * groups + g) * splits + i) * (Q * Q)
                 if INPUT:
-                    pairs += tl.load(at + t[:, None] * Q + q[None, :])
+                    pairs += tl.load(at + t[:, None] * Q + q[None, :], mask=(t // T)[:, None] <= q // T, other=0.0)
                 else:
-                    pairs += tl.load(at + t[:, None] + q[None, :] * Q)
+                    pairs += tl.load(at + t[:, None] + q[None, :] * Q, mask=(t // T)[:, None] >= q // T, other=0.0)
             m = tile(at_other, q, q < tokens, n, (other_s[1], other_s[3]), N, BN).to(DOT)  # [BQ, BN]
             total = tl.dot(pairs.to(DOT), m, total, input_precision=PRECISION)
         at = out + part * out_s[0] + row * out_s[1] + begin * out_s[2] + wide(g) * out_s[3]
@@ -243,10 +273,9 @@ def _matrix_bwd_kernel(
 
 @triton.jit
 def _steps_bwd_kernel(
-    dt, dt_bias, A, steps, rows, columns, diagonal, from_before, from_after, kept, grad_dt, grad_A, grad_bias, table,
+    dt, dt_bias, A, steps, rows, columns, totals, from_before, from_after, kept, grad_dt, grad_A, grad_bias, table,
     count, length, per_row, heads, bias_s, A_s, dt_s, grad_dt_s, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    Q: tl.constexpr, BH: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
-    KEPT: tl.constexpr,
+    Q: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the step sizes of a chunk for BH heads, and what it adds to those of A and the bias."""
     blocks = tl.cdiv(heads, BH)
@@ -257,11 +286,12 @@ def _steps_bwd_kernel(
     at = of * Q + t[None, :]  # [BH, Q]
     every = wide(count) * heads * Q
     step = tl.load(steps + at, mask=here, other=0.0)
-    column = tl.load(columns + at, mask=here, other=0.0)
-    own = column + tl.load(diagonal + at, mask=here, other=0.0)
-    pairs = -step * column
-    for i in tl.static_range(ROWS):
-        pairs += tl.load(rows + i * every + at, mask=here, other=0.0)
+    pairs, own = tl.zeros([BH, Q], tl.float32), tl.zeros([BH, Q], tl.float32)
+    for i in tl.static_range(Q // T):  # tiles of pairs whose other token is in tile i
+        later, sooner = here & (t < (i + 1) * T)[None, :], here & (t >= i * T)[None, :]
+        own += tl.load(totals + i * every + at, mask=later, other=0.0)
+        pairs -= step * tl.load(columns + i * every + at, mask=later, other=0.0)
+        pairs += tl.load(rows + i * every + at, mask=sooner, other=0.0)
     if from_before is not None:
         for i in tl.static_range(SUMS):
             pairs += tl.load(from_before + i * every + at, mask=here, other=0.0)
@@ -276,7 +306,7 @@ def _steps_bwd_kernel(
     if kept is not None:
         p = tl.arange(0, WIDE)[None, :]
         whole = tl.zeros([BH], tl.float32)
-        for i in tl.static_range(KEPT):
+        for i in tl.static_range(SUMS):
             at_kept = kept + (i * wide(count) * heads + of) * P + p
             whole += tl.sum(tl.load(at_kept, mask=here & (p < P), other=0.0), 1)
         decay += whole[:, None]
@@ -307,7 +337,7 @@ def backward(
     if grad_out is None:
         grad_out = torch.zeros_like(x)
     x, dt, B, C, z, initial, grad_out, grad_final = reachable(x, dt, B, C, z, initial, grad_out, grad_final)
-    batch, length, heads, dim = x.shape
+    _, length, heads, dim = x.shape
     groups, size = B.shape[2:]
     cut = plan(x, B, C, offsets)
     sums = running_sums(dt, A, dt_bias, dt_softplus, cut)
@@ -329,18 +359,30 @@ def backward(
     def rows(*leading: int) -> Tensor:
         return x.new_empty((*leading, cut.count, heads, cut.Q), dtype=torch.float32)
 
-    across, columns, diagonal = rows(cut.Q // cut.T), rows(), rows()
-    share = max(1, min(heads // groups, cut.count * (cut.Q // cut.T) * heads // PROGRAMS)) if groups else 1
+    tiles = cut.Q // cut.T
+    across, columns, totals = rows(tiles), rows(tiles), rows(tiles)
+    inner = tiles * triton.cdiv(dim, cut.BP)
+    share = max(1, min(heads // groups, cut.count * inner * heads // PROGRAMS))
+    parts = triton.cdiv(heads // groups, share)
+    skips = None if grad_D is None else x.new_empty((cut.count * tiles, heads, dim), dtype=torch.float32)
+    programs = cut.count * inner * groups * parts
+    if programs and grad_x is not None:
+        _inputs_bwd_kernel[(programs,)](
+            B, C, D, grad, grads, *sums, grad_x, cut.table, length, cut.per_row, heads, heads // groups,
+            groups * parts, B.stride(), C.stride(), strides(D, 2), grad.stride(), strides(grads),
+            strides(grad_x), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN, EXACT=not cut.half,
+            **cut.dots, **cut.where, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    inner = tiles * (tiles + 1) // 2
+    share = max(1, min(heads // groups, cut.count * inner * heads // PROGRAMS))
     parts = triton.cdiv(heads // groups, share)
     pairs = x.new_empty((cut.count, groups, parts, cut.Q, cut.Q), dtype=torch.float32)
-    tiles = cut.count * cut.Q // cut.T
-    skips = None if grad_D is None else x.new_empty((tiles, heads, dim), dtype=torch.float32)
-    if tiles * groups * parts:
-        _inputs_bwd_kernel[(tiles * groups * parts,)](
-            x, B, C, D, grad, grads, *sums, grad_x, pairs, across, columns, diagonal, skips, cut.table, cut.count,
-            length, cut.per_row, heads, heads // groups, groups * parts, x.stride(), B.stride(), C.stride(),
-            strides(D, 2), grad.stride(), strides(grads), strides(grad_x), P=dim, N=size, HEADS=share, T=cut.T,
-            BP=cut.BP, BN=cut.BN, **cut.dots, **cut.where, num_warps=8 if cut.half and cut.Q == 128 else 4,
+    programs = cut.count * inner * groups * parts
+    if programs:
+        _pairs_bwd_kernel[(programs,)](
+            x, B, C, grad, *sums, pairs, across, columns, totals, skips, cut.table, cut.count, length, cut.per_row,
+            heads, heads // groups, groups * parts, x.stride(), B.stride(), C.stride(), grad.stride(), P=dim, N=size,
+            HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN, EXACT=not cut.half, **cut.dots, **cut.where, num_warps=4,
             num_stages=2,
         )  # fmt: skip
     if grad_D is not None and skips is not None:
@@ -360,10 +402,10 @@ def backward(
         programs = cut.count * triton.cdiv(heads, block)
         if programs:
             _steps_bwd_kernel[(programs,)](
-                dt, dt_bias, A, sums[0], across, columns, diagonal, from_before, from_after, kept, grad_dt,
+                dt, dt_bias, A, sums[0], across, columns, totals, from_before, from_after, kept, grad_dt,
                 *per_chunk, cut.table, cut.count, length, cut.per_row, heads, *strides(dt_bias, 1), *A.stride(),
                 dt.stride(), strides(grad_dt, 3), SOFTPLUS=dt_softplus, Q=cut.Q, BH=block, P=dim,
-                WIDE=triton.next_power_of_2(max(dim, 1)), ROWS=cut.Q // cut.T, SUMS=across_n, KEPT=across_n, **cut.where,
+                WIDE=triton.next_power_of_2(max(dim, 1)), T=cut.T, SUMS=across_n, **cut.where,
                 num_warps=4,
             )  # fmt: skip
         for buffer, total in zip((grad_A, grad_bias), per_chunk.sum(1), strict=True):
@@ -410,8 +452,8 @@ def _matrix_backward(
     _matrix_bwd_kernel[(programs * parts,)](
         value, states, matrix, other, *sums, pairs, target, products, cut.table, cut.count, length, cut.per_row,
         heads, heads // groups, groups, pairs.shape[2], parts, value.stride(), strides(states), matrix.stride(),
-        other.stride(), strides(target, 5), P=dim, N=size, HEADS=share if parts > 1 else heads // groups, BP=cut.BP,
-        BN=BN, BQ=min(cut.Q, 32), **cut.dots, **cut.where, INPUT=of_input, num_warps=4, num_stages=2,
+        other.stride(), strides(target, 5), P=dim, N=size, HEADS=share if parts > 1 else heads // groups, T=cut.T,
+        BP=cut.BP, BN=BN, BQ=min(cut.Q, 32), **cut.dots, **cut.where, INPUT=of_input, num_warps=4, num_stages=2,
     )  # fmt: skip
     if out is not None and target is not None and parts > 1:
         out.copy_(target.sum(0))
