@@ -13,13 +13,18 @@ ASAN := build/asan-ext
 NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-sanitize test-arm fuzz fuzz-load bench lint format wheel clean
+.PHONY: demo test test-gpu test-sanitize test-arm fuzz fuzz-load bench bench-gpu lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The kernels in Triton, on a GPU; `make test` interprets them on the CPU.
+test-gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device is here")'
+	$(BIN)/python -m pytest $(wildcard tests/*/test_triton_*.py tests/*/test_cuda*.py)
 
 # The C++ and its native tests under AddressSanitizer, UBSan and ThreadSanitizer; needs g++ alone.
 test-sanitize:
@@ -54,6 +59,10 @@ bench: $(READY)
 	@test $(RIVALS) -nt $(READY) || { $(INSTALL) --no-build-isolation --editable ".[dev,bench]" && touch $(RIVALS); } \
 	  || echo "the packages to compare with could not be installed: their rows will say that they are missing" >&2
 	$(BIN)/python -m pytest bench --benchmark-only --bench-results bench/results $(BENCH)
+
+# On a GPU, under 8 minutes. BENCH="--only ssm" times a part; bench/gpu.py says what it compares with if installed.
+bench-gpu: $(READY)
+	$(BIN)/python bench/gpu.py $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .
