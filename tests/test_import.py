@@ -33,7 +33,7 @@ EXTRA = {  # module -> what it may import on top
 }
 WITHOUT_TORCH = ("data", "retrieval", "predictor", "errors.py", "files.py", "cli.py")
 WITHOUT_TORCH += tuple(f"evaluation/{name}.py" for name in ("metrics", "baselines", "latency", "gates", "report"))
-TORCH_ALLOWED = tuple(f"predictor/{name}.py" for name in ("export", "cuda", "cuda_layers", "cuda_search"))
+TORCH_ALLOWED = tuple(f"predictor/{name}.py" for name in ("export", "cuda", "cuda_layers", "cuda_load", "cuda_search"))
 
 
 def _fresh(code: str) -> str:

@@ -135,7 +135,7 @@ def best_rows(scores: Tensor, best: Tensor, ids: Tensor, found: Tensor, tile: in
     k, tiles = len(ids), len(best)
     few = min(k, tiles)
     chosen = torch.empty(few, dtype=torch.int32, device=scores.device)
-    block, others = 64, 128
+    block, others = 32, 128
     _best_tiles[(triton.cdiv(tiles, block),)](best, chosen, few, TILES=tiles, BLOCK=block, OTHERS=others, num_warps=4)
     _best_rows[(triton.cdiv(few * tile, block),)](
         scores, chosen, ids, found, len(scores), k, TOTAL=few * tile, TILE=tile, BLOCK=block, OTHERS=others, num_warps=4

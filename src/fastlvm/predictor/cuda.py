@@ -12,29 +12,25 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlvm.data import Payload, Space
-from fastlvm.errors import InputError, IntegrityError
+from fastlvm.errors import InputError
 from fastlvm.ops import _triton
 from fastlvm.predictor import contexts
 from fastlvm.predictor.contexts import Found
 from fastlvm.predictor.cuda_layers import DTYPES, Program
+from fastlvm.predictor.cuda_load import Held, float32, placed
 from fastlvm.predictor.cuda_search import Exact, Tune
 from fastlvm.predictor.forward import Plan
-from fastlvm.predictor.layers import SCALE
-
-if TYPE_CHECKING:
-    from fastlvm.predictor.artifact import Artifact
 
 MOST = 256  # contexts of one graph; more go through it piece by piece
 GRAPHS = 16  # that are kept
-ROOM = 1 << 30  # bytes of a GPU's memory that vectors leave to everything else
-BLOCK = 1 << 15  # rows that are read at a time
 MORE = 16  # results are fetched for exclusions in steps of so many, so that few graphs do
 
 
@@ -51,7 +47,10 @@ class _Call(NamedTuple):
 
 
 class CudaPredictor:
-    """What `Predictor.load(artifact, device="cuda")` gives. Thread-safe: one call at a time."""
+    """What `Predictor.load(artifact, device="cuda")` gives. Thread-safe: one call at a time.
+
+    Attributes: device; precision; context, dim; path and config, those of the artifact or None and {}.
+    """
 
     def __init__(
         self,
@@ -77,9 +76,11 @@ class CudaPredictor:
             raise InputError(f"precision is {precision!r}, and on a GPU {', '.join(DTYPES)} can be had")
         self.device = _checked_device(device)
         self.precision = precision
+        self.path: Path | None = None
+        self.config: dict[str, Any] = {}
         self.context, self.dim = int(plan.shape.positions or 1), plan.shape.dim
         self._program = Program(plan, tensors, space, self.device, DTYPES[precision])
-        self._exact = Exact(_placed(vectors, self.dim, self.device), Tune(**(tune or {})))
+        self._exact = Exact(placed(vectors, self.dim, self.device), Tune(**(tune or {})))
         count = len(self._exact.vectors)
         self._rows = np.arange(count) if rows is None else rows
         self._keys = np.full((count, 2), -1, np.int32) if keys is None else keys
@@ -91,6 +92,7 @@ class CudaPredictor:
             with torch.cuda.device(self.device):
                 self._stream = torch.cuda.Stream()
                 self._pool = torch.cuda.graph_pool_handle()
+                torch.cuda.synchronize()  # weights and vectors are there for every stream
 
     @classmethod
     def from_model(
@@ -135,19 +137,20 @@ class CudaPredictor:
         _checked_device(device)
         parts = artifact.read(folder)
         index = parts.index
-        blocks = _Blocks(parts, payload)
+        held = Held(parts.path, index, payload)
         found = cls(
             parts.forward.plan,
-            _float32(artifact.weights(parts)),
+            float32(artifact.weights(parts)),
             index.space,
-            blocks,
-            rows=blocks.rows,
+            held,
+            rows=held.rows,
             keys=np.array(index.keys),
             stands_for=index.stands_for(np.arange(index.total)),
             device=device,
             precision=precision,
             tune=tune,
         )
+        found.path, found.config = parts.path, parts.config
         artifact.check_golden(
             parts, found.predict, beside=artifact.TOLERANCE["fp32" if precision == "fp32" else "bf16"]
         )
@@ -156,7 +159,7 @@ class CudaPredictor:
     def predict(self, context: Any) -> np.ndarray:
         """As `Predictor.predict`; a torch tensor on the device is taken from there."""
         given, single = self._taken(context)
-        _, _, predicted = self._run(given, 0)
+        _, _, predicted = self._run(given, single, 0)
         return predicted[0] if single else predicted
 
     def search(self, context: Any, k: int = 50, exclude: np.ndarray | str | None = None) -> Found:
@@ -169,7 +172,7 @@ class CudaPredictor:
             raise InputError(f'exclude is {exclude!r}, and on a GPU payload rows or None is wanted: device="cpu" can')
         out = None if exclude is None else self._checked_exclude(exclude, len(given))
         more = 0 if out is None else -(-out.shape[1] // MORE) * MORE
-        places, scores, _ = self._run(given, min(int(k) + more, len(self)))
+        places, scores, _ = self._run(given, single, min(int(k) + more, len(self)))
         if out is not None:
             places, scores = _without(places, scores, out, int(k))
         found = self._found(places, scores, int(k))
@@ -191,6 +194,11 @@ class CudaPredictor:
     def __repr__(self) -> str:
         shape = f"{self.context} × {self.dim}"
         return f"CudaPredictor({shape}, {self.precision}, {len(self)} vectors on {self.device})"
+
+    @property
+    def payload_id(self) -> str | None:
+        """None for one that is not of an artifact."""
+        return self.config.get("payload_id")
 
     @property
     def nbytes(self) -> int:
@@ -219,9 +227,21 @@ class CudaPredictor:
         places = np.minimum(np.searchsorted(self._rows, named), max(len(self) - 1, 0))
         return np.broadcast_to(np.where((rows >= 0) & (self._rows[places] == named), places, -1), (n, rows.shape[-1]))
 
-    def _run(self, given: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, given: Any, single: bool, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places int32 [n, k], scores float32 [n, k] and predictions float32 [n, dim] of contexts as `_taken` gives."""
-        parts = [self._piece(given[at : at + MOST], k) for at in range(0, len(given), MOST)]
+        found = self._pieces(given, k)
+        if np.isfinite(found[2]).all():
+            return found
+        # the device had no length to divide by: say where, or help, if the vector is only very short
+        raw = given.float().cpu().numpy() if isinstance(given, Tensor) else given
+        mended = contexts.unit(raw[0] if single else raw, "context")
+        found = self._pieces(mended.reshape(raw.shape), k)
+        if not np.isfinite(found[2]).all():
+            raise InputError(f"the prediction is not finite with {self.precision} matrices: try another precision")
+        return found
+
+    def _pieces(self, given: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        parts = [self._launch(given[at : at + MOST], k) for at in range(0, len(given), MOST)]
         if len(parts) == 1:
             return parts[0]
         empty = (np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty((0, self.dim), np.float32))
@@ -240,17 +260,6 @@ class CudaPredictor:
             return context.detach().reshape(-1, *wanted), context.ndim == 2
         raw = contexts.shaped(context, self.context, self.dim)
         return raw.reshape(-1, self.context, self.dim), raw.ndim == 2
-
-    def _piece(self, given: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = self._launch(given, k)
-        if np.isfinite(found[2]).all():
-            return found
-        # what the device could not divide by its length: say where, or help, if it is only very short
-        mended = contexts.unit(given.cpu().numpy() if isinstance(given, Tensor) else given, "context")
-        found = self._launch(mended, k)
-        if not np.isfinite(found[2]).all():
-            raise InputError(f"the model's prediction is not finite in {self.precision}: try another precision")
-        return found
 
     def _launch(self, given: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n, host = len(given), not isinstance(given, Tensor)
@@ -313,37 +322,6 @@ class CudaPredictor:
         call.found.copy_(out, non_blocking=True)
 
 
-class _Blocks:
-    """The vectors of an artifact's index, or of its payload in the index's space, in blocks of rows [.., dim]."""
-
-    def __init__(self, parts: Artifact, payload: Payload | str | os.PathLike[str] | None) -> None:
-        self.index = parts.index
-        if isinstance(payload, str | os.PathLike):
-            payload = Payload.open(payload)
-        if payload is not None and payload.id != self.index.payload_id:
-            raise IntegrityError(f"payload has id {payload.id}, and the artifact is of {self.index.payload_id}")
-        if payload is None and self.index.score_error > 0:
-            raise InputError(
-                f"{parts.path} has an index of kind {self.index.kind}, which holds rounded vectors: hand in payload="
-            )
-        self.payload = payload
-        self.rows = self.index.rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Any:
-        for at in range(0, len(self), BLOCK):
-            rows = self.rows[at : at + BLOCK]
-            if self.payload is None:
-                yield self.index.vectors(rows)
-                continue
-            ours = rows[rows < len(self.payload)]
-            yield self.index.space.apply(self.payload.take(ours))
-            if len(ours) < len(rows):  # added to the index later
-                yield self.index.vectors(rows[len(ours) :])
-
-
 def _checked_device(device: Any) -> torch.device:
     """The device, if kernels can run there; the CPU where Triton interprets them."""
     try:
@@ -359,50 +337,6 @@ def _checked_device(device: Any) -> torch.device:
     if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device is {device!r}, and torch {torch.__version__} finds no such GPU here")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-
-
-def _placed(vectors: Any, dim: int, device: torch.device) -> Tensor:
-    """float16 [m, dim] on the device."""
-    count = len(vectors)
-    if isinstance(vectors, Tensor) and vectors.device == device and vectors.dtype == torch.float16:
-        if vectors.shape != (count, dim):
-            raise InputError(f"vectors have shape {list(vectors.shape)}, and [n, {dim}] is wanted")
-        return vectors.detach().contiguous()
-    needed = 2 * count * dim
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed + ROOM > free:
-            raise InputError(
-                f"{count} vectors of {dim} need {needed / 1e9:.1f} GB in float16 and {ROOM / 1e9:.1f} GB beside them, "
-                f"and {free / 1e9:.1f} GB are free on {device}: search on the CPU, or a smaller payload"
-            )
-    placed = torch.empty((count, dim), dtype=torch.float16, device=device)
-    at = 0
-    for block in vectors if isinstance(vectors, _Blocks) else _cut(vectors):
-        part = torch.as_tensor(block)
-        if part.ndim != 2 or part.shape[1] != dim or not part.is_floating_point():
-            raise InputError(
-                f"vectors have shape {list(part.shape)} and {part.dtype}, and floats [n, {dim}] are wanted"
-            )
-        placed[at : at + len(part)].copy_(part)
-        at += len(part)
-    return placed
-
-
-def _cut(vectors: Any) -> Any:
-    return (vectors[at : at + BLOCK] for at in range(0, len(vectors), BLOCK))
-
-
-def _float32(weights: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """An artifact's packed tensors as float32: int8 times its scale, the bits of bfloat16 widened."""
-    found = {}
-    for name, array in weights.items():
-        if array.dtype == np.uint16:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        elif array.dtype == np.int8:
-            array = array.astype(np.float32) * weights[name + SCALE][:, None]
-        found[name] = torch.from_numpy(np.array(array, np.float32))
-    return found
 
 
 def _parts(buffer: Any, n: int, k: int, dim: int) -> tuple[Any, Any, Any]:

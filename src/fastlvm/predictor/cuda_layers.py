@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastlvm.data import Space
 from fastlvm.errors import InputError
+from fastlvm.kernels.triton import causal_conv1d
 from fastlvm.kernels.triton import layers as kernels
 from fastlvm.predictor import blocks, layers
 
@@ -44,7 +46,12 @@ class Weights:
         return self.place(self._tensors[name])
 
     def place(self, tensor: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        placed = torch.as_tensor(tensor).detach().to(self.device, dtype, copy=True).contiguous()
+        placed = (
+            (tensor if isinstance(tensor, Tensor) else torch.from_numpy(np.array(tensor)))
+            .detach()
+            .to(self.device, dtype, copy=True)
+            .contiguous()
+        )
         self.nbytes += placed.numel() * placed.element_size()
         return placed
 
@@ -219,9 +226,7 @@ class _Compiler:
 
         def step(h: Tensor, _: Tensor) -> Tensor:
             xz = linear(h, into, norm=norm).flatten(0, -2)
-            splits = 4 if len(xz) <= 64 else 1
-            parts = kernels.linear(xz, low, conv=conv, positions=positions, splits=splits)
-            y = kernels.scan(xz, parts.view(splits, len(xz), -1), conv, dt, dt_bias, A, D, positions, last)
+            y = kernels.scan(xz, _convolved(xz, conv, low, positions), conv, dt, dt_bias, A, D, positions, last)
             if last:
                 return linear(y, out, residual=h[:, -1])
             return linear(y.view(*h.shape[:-1], -1), out, residual=h)
@@ -250,7 +255,7 @@ class _Compiler:
             dt = F.softplus(dt + dt_bias)  # [n, L, heads]
             sums = (dt * A).cumsum(1).transpose(1, 2)  # [n, heads, L]
             decay = (sums[..., None] - sums[..., None, :]).masked_fill(later, -math.inf).exp()  # [n, heads, t, s]
-            pairs = torch.einsum("ntgm,nsgm->ngts", C, B).repeat_interleave(each, dim=1)
+            pairs = torch.einsum("ntgm,nsgm->ngts", C, B)[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2)
             y = torch.einsum("nhts,nshp->nthp", pairs * decay, x * dt[..., None]) + D[:, None] * x
             return linear(y.flatten(-2) * F.silu(z), out, norm=gate, residual=h)
 
@@ -356,6 +361,19 @@ _BUILD: dict[type[layers.Layer], Callable[[_Compiler, Any], Step]] = {
     blocks.Lstm: _Compiler._cells,
     blocks.ContextAttention: _Compiler._context_attention,
 }
+
+
+def _convolved(xz: Tensor, conv: kernels.Conv, low: Tensor, positions: int) -> Tensor:
+    """low · silu(conv(x)) of [x | z] [rows, 2 inner]: parts float32 [splits, rows, outputs], to be summed."""
+    rows, inner = len(xz), low.shape[1]
+    if rows <= MOST_ROWS:
+        splits = 4 if rows <= 64 else 1
+        return kernels.linear(xz, low, conv=conv, positions=positions, splits=splits).view(splits, rows, -1)
+    x = xz.view(-1, positions, 2 * inner)[..., :inner].mT  # [n, inner, L]
+    u = torch.empty((len(x), positions, inner), dtype=low.dtype, device=low.device)
+    state = torch.empty((*x.shape[:2], conv.weight.shape[1] - 1), device=low.device)
+    causal_conv1d.conv(x, conv.weight, conv.bias, True, None, u.mT, state)
+    return product(u.flatten(0, 1), low.t())[None]
 
 
 def blocks_norm(layer: Any) -> layers.RmsNorm:

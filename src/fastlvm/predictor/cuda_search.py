@@ -91,12 +91,12 @@ def _best(scores: Tensor, best: Tensor, k: int, tile: int, first: int) -> Tensor
     there = rows < count
     candidates = scores.gather(1, rows.clamp(max=count - 1))
     keys = (_ordered(candidates).long() << 32) | (LOW - (rows + first))
-    return torch.where(there, keys, torch.iinfo(torch.int64).min).topk(k, dim=1).values
+    return keys.masked_fill(~there, torch.iinfo(torch.int64).min).topk(k, dim=1).values
 
 
 def _ordered(scores: Tensor) -> Tensor:
     """int32 that compare as the floats do, as `rank.ordered`."""
-    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    bits = scores.masked_fill(scores == 0, 0.0).view(torch.int32)  # a scalar that torch.where takes is copied in
     return bits ^ ((bits >> 31) & LOW)
 
 
