@@ -170,8 +170,8 @@ def _states_kernel(
 @triton.jit
 def _scan_kernel(
     x, B, C, D, z, states, steps, high, low, out, grad_out, grad_z, table, length, per_row, heads, per_group, splits,
-    x_s, B_s, C_s, D_s, z_s, out_s, grad_out_s, grad_z_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
-    Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    x_s, B_s, C_s, D_s, z_s, states_s, out_s, grad_out_s, grad_z_s, P: tl.constexpr, N: tl.constexpr,
+    HEADS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of T tokens of a chunk, for HEADS heads of a group, which share C Bᵀ.
@@ -214,7 +214,8 @@ def _scan_kernel(
                 n = i * BN + tl.arange(0, BN)
                 if NN > 1:
                     c = tile(C + lines_C, t, t < count, n, (C_s[1], C_s[3]), N, BN).to(DOT)
-                state = tile(states + of * (P * N), p, p < P, n, (N, 1), N, BN)  # [BP, BN]
+                at_state = states + wide(k) * states_s[0] + wide(h) * states_s[1]
+                state = tile(at_state, p, p < P, n, (states_s[2], states_s[3]), N, BN).to(DOT)  # [BP, BN]
                 y = tl.dot(c, tl.trans(state), y, input_precision=PRECISION)
             y *= decay_until(high, low, of * Q + t)[:, None]
         y = tl.dot(weights, inputs, y, input_precision=PRECISION)
@@ -436,8 +437,8 @@ def outputs(
     if programs:
         _scan_kernel[(programs,)](
             x, B, C, D, z, states, *sums, out, grad_out, grad_z, cut.table, length, cut.per_row, heads,
-            heads // groups, splits, x.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), out.stride(),
-            strides(grad_out), strides(grad_z), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN,
+            heads // groups, splits, x.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), strides(states),
+            out.stride(), strides(grad_out), strides(grad_z), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN,
             EXACT=not cut.half, **cut.dots, **cut.where, num_warps=4, num_stages=2,
         )  # fmt: skip
 

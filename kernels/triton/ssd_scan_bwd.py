@@ -89,7 +89,8 @@ def _states_bwd_kernel(
 
 @triton.jit
 def _inputs_bwd_kernel(
-    B, C, D, grad, grads, steps, high, low, grad_x, table, length, per_row, heads, per_group, splits, B_s, C_s, D_s, grad_s, grads_s, grad_x_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
+    B, C, D, grad, grads, steps, high, low, grad_x, table, length, per_row, heads, per_group, splits, B_s, C_s, D_s,
+    grad_s, grads_s, grad_x_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -143,8 +144,8 @@ def _inputs_bwd_kernel(
 
 @triton.jit
 def _pairs_bwd_kernel(
-    x, B, C, grad, steps, high, low, pairs, rows, columns, totals, skips, table, count, length, per_row, heads, per_group,
-    splits, x_s, B_s, C_s, grad_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr,
+    x, B, C, grad, steps, high, low, pairs, rows, columns, totals, skips, table, count, length, per_row, heads,
+    per_group, splits, x_s, B_s, C_s, grad_s, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.ssd_step import cpu, reference
+from fastlvm.ops.ssd_step import cpu, reference, triton
 
 _OP = "ssd_step"
 _OPTIONAL = ("D", "z", "dt_bias")
@@ -99,4 +99,4 @@ def _check(
     _checks.check_shape(_OP, "dt_bias", dt_bias, "(h,)", (heads,))
 
 
-dispatch.register(_OP, ssd_step, _check, cpu, reference)
+dispatch.register(_OP, ssd_step, _check, cpu, triton, reference)
