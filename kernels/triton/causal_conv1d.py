@@ -2,19 +2,22 @@
 
 A program works on a tile [BD, BT] of channels and times. The W taps read the input at W offsets, all but the first from
 the L1 cache. Packed sequences are one line of time in which each time knows its sequence, so that many short ones fill
-tiles as one long one does.
+tiles as one long one does. What is short and not packed goes to `causal_conv1d_short`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import causal_conv1d_short as short
 from .math import sigmoid
 
-MOST_TAPS = 16  # they are unrolled: the backward holds 2 W - 1 tiles in registers
+MOST_TAPS = 16  # they are unrolled, and the backward holds 2 W - 1 tiles in registers
 _PROGRAMS = 2048  # of the backward, each with a partial sum for the gradients of the parameters
 
 
@@ -260,22 +263,26 @@ def conv(
         offsets: [S + 1], int64 beside x, of packed sequences.
     """
     batch, channels, length = x.shape
-    width = weight.shape[1]
     if 0 in x.shape:
         return
-    block_d, block_t = _tile(x, 1024)
-    d_tiles, t_tiles = triton.cdiv(channels, block_d), triton.cdiv(length, block_t)
+    arrays = (
+        *(x, *x.stride()),
+        *(weight, *weight.stride()),
+        *_strided(bias, 1),
+        *_strided(initial_state, 3),
+        *(out, *out.stride()),
+        *(final_state, *final_state.stride()),
+    )
     with torch.cuda.device_of(x):
+        if offsets is None and short.takes(x, weight):
+            return short.conv(x, weight, arrays, silu)
+        block_d, block_t = _tile(x, 1024)
+        d_tiles, t_tiles = triton.cdiv(channels, block_d), triton.cdiv(length, block_t)
         _forward[(batch * d_tiles * t_tiles,)](
-            *(x, *x.stride()),
-            *(weight, *weight.stride()),
-            *_strided(bias, 1),
-            *_strided(initial_state, 3),
-            *(out, *out.stride()),
-            *(final_state, *final_state.stride()),
+            *arrays,
             *(offsets, _owners(offsets, length)),
             *(channels, length, d_tiles, t_tiles),
-            W=width,
+            W=weight.shape[1],
             SILU=silu,
             BD=block_d,
             BT=block_t,
@@ -297,9 +304,8 @@ def conv_bwd(
     offsets: Tensor | None = None,
 ) -> None:
     """Write the gradients that are given: `dx` of any layout, the others contiguous and in float32."""
-    batch, channels, length = x.shape
     width = weight.shape[1]
-    inputs = (
+    arrays = (
         *_strided(grad_out, 3),
         *_strided(grad_final_state, 3),
         *(x, *x.stride()),
@@ -307,51 +313,63 @@ def conv_bwd(
         *_strided(bias, 1),
         *_strided(initial_state, 3),
     )
-    elements = 512 if width <= 4 else 256
+    sums = dweight is not None or dbias is not None
+    empty, partial = 0 in x.shape, None
     with torch.cuda.device_of(x):
-        if dinitial is not None and dinitial.numel():
-            block_t = triton.next_power_of_2(width - 1)
-            block_d = min(triton.next_power_of_2(channels), max(1, elements // block_t))
-            d_tiles = triton.cdiv(channels, block_d)
-            _backward_of_states[(dinitial.shape[0] * d_tiles,)](
-                *(*inputs, dinitial, offsets, channels, length, d_tiles),
-                W=width,
-                SILU=silu,
-                COUNT=2 * width - 1 if silu else 0,
-                BD=block_d,
-                BT=block_t,
-            )
-        if all(gradient is None for gradient in (dx, dweight, dbias)):
-            return
-        if 0 in x.shape:
-            for gradient in (dweight, dbias):
-                if gradient is not None:
-                    gradient.zero_()
-            return
-        block_d, block_t = _tile(x, elements)
-        d_tiles, t_tiles = triton.cdiv(channels, block_d), triton.cdiv(length, block_t)
-        share = triton.cdiv(batch * t_tiles, max(1, _PROGRAMS // d_tiles))
-        segments = triton.cdiv(batch * t_tiles, share)
-        partial = None
-        if dweight is not None or dbias is not None:
-            partial = torch.empty((segments, channels, width + 1), dtype=torch.float32, device=x.device)
-        _backward[(segments * d_tiles,)](
-            *inputs,
-            *_strided(dx, 3),
-            partial,
-            *(offsets, _owners(offsets, length)),
-            *(channels, length, d_tiles, t_tiles, batch * t_tiles, share),
-            W=width,
-            SILU=silu,
-            COUNT=2 * width - 1 if silu else width if partial is not None else 0,
-            STEPS=1 if dx is None else width,
-            BD=block_d,
-            BT=block_t,
-        )
-        if dweight is not None and partial is not None:
-            torch.sum(partial[..., :width], dim=0, out=dweight)
-        if dbias is not None and partial is not None:
-            torch.sum(partial[..., width], dim=0, out=dbias)
+        if offsets is None and not empty and short.takes(x, weight):
+            partial = short.conv_bwd(x, weight, (*arrays, *_strided(dx, 3)), dinitial, sums, silu)
+        else:
+            if dinitial is not None and dinitial.numel():
+                _states_bwd(x, arrays, width, silu, dinitial, offsets)
+            if not empty and (dx is not None or sums):
+                partial = _inputs_bwd(x, (*arrays, *_strided(dx, 3)), width, silu, offsets, sums)
+        for gradient, columns in ((dweight, slice(width)), (dbias, width)):
+            if gradient is not None:
+                gradient.zero_() if partial is None else torch.sum(partial[..., columns], dim=0, out=gradient)
+
+
+def _states_bwd(
+    x: Tensor, arrays: tuple[Any, ...], width: int, silu: bool, dinitial: Tensor, offsets: Tensor | None
+) -> None:
+    channels, length = x.shape[1:]
+    block_t = triton.next_power_of_2(width - 1)
+    block_d = min(triton.next_power_of_2(channels), max(1, 512 // block_t))
+    d_tiles = triton.cdiv(channels, block_d)
+    _backward_of_states[(dinitial.shape[0] * d_tiles,)](
+        *(*arrays, dinitial, offsets, channels, length, d_tiles),
+        W=width,
+        SILU=silu,
+        COUNT=2 * width - 1 if silu else 0,
+        BD=block_d,
+        BT=block_t,
+    )
+
+
+def _inputs_bwd(
+    x: Tensor, arrays: tuple[Any, ...], width: int, silu: bool, offsets: Tensor | None, sums: bool
+) -> Tensor | None:
+    """Write the gradient of x, the last of the arrays; gives partial sums of the parameters', [.., D, W + 1]."""
+    batch, channels, length = x.shape
+    block_d, block_t = _tile(x, 512 if width <= 4 else 256)
+    d_tiles, t_tiles = triton.cdiv(channels, block_d), triton.cdiv(length, block_t)
+    share = triton.cdiv(batch * t_tiles, max(1, _PROGRAMS // d_tiles))
+    segments = triton.cdiv(batch * t_tiles, share)
+    partial = None
+    if sums:
+        partial = torch.empty((segments, channels, width + 1), dtype=torch.float32, device=x.device)
+    dx = arrays[-4]
+    _backward[(segments * d_tiles,)](
+        *(*arrays, partial),
+        *(offsets, _owners(offsets, length)),
+        *(channels, length, d_tiles, t_tiles, batch * t_tiles, share),
+        W=width,
+        SILU=silu,
+        COUNT=2 * width - 1 if silu else width if sums else 0,
+        STEPS=1 if dx is None else width,
+        BD=block_d,
+        BT=block_t,
+    )
+    return partial
 
 
 def _strided(x: Tensor | None, axes: int) -> tuple[Tensor | int | None, ...]:
@@ -361,7 +379,7 @@ def _strided(x: Tensor | None, axes: int) -> tuple[Tensor | int | None, ...]:
 def _tile(x: Tensor, elements: int) -> tuple[int, int]:
     """Channels and times of a tile: along what is contiguous a row of it, along time enough to reuse what is read."""
     channels, length = (triton.next_power_of_2(n) for n in x.shape[1:])
-    block_t = min(length, 16 if x.stride(1) < x.stride(2) else 256)
+    block_t = min(length, 16 if x.stride(1) < x.stride(2) else 128)
     block_d = min(channels, elements // block_t)
     return block_d, min(length, elements // block_d)
 
