@@ -33,28 +33,39 @@ def _scores(
     row_stride,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
+    PART: tl.constexpr,
     CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
     STREAM: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    rows = tile * TILE + tl.arange(0, TILE)
-    there = rows < count
-    starts = vectors + rows.to(tl.int64) * row_stride
-    total = tl.zeros([TILE, CHUNK], tl.float32)
-    for at in tl.static_range(0, DIM, CHUNK):
-        columns = at + tl.arange(0, CHUNK)
-        inside = columns < DIM
-        part = tl.load(query + columns, mask=inside, other=0.0)
-        block = tl.load(
-            starts[:, None] + columns[None, :],
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first" if STREAM else "",
-        )
-        total += block.to(tl.float32) * part[None, :]
-    score = tl.sum(total, axis=1)
-    tl.store(scores + rows, score, mask=there)
-    tl.store(best + tile, tl.max(tl.where(there, ordered(score), WORST), axis=0))
+    highest = WORST
+    for part in tl.static_range(0, TILE, PART):
+        rows = tile * TILE + part + tl.arange(0, PART)
+        there = rows < count
+        starts = vectors + rows.to(tl.int64) * row_stride
+        total = tl.zeros([PART, CHUNK], tl.float32)
+        for start in tl.static_range(0, DIM, CHUNK * AHEAD):
+            # all of them on their way before the query is waited for
+            blocks = ()
+            for at in tl.static_range(start, min(start + CHUNK * AHEAD, DIM), CHUNK):
+                columns = at + tl.arange(0, CHUNK)
+                blocks += (
+                    tl.load(
+                        starts[:, None] + columns[None, :],
+                        mask=there[:, None] & (columns < DIM)[None, :],
+                        other=0.0,
+                        eviction_policy="evict_first" if STREAM else "",
+                    ),
+                )
+            for i in tl.static_range(len(blocks)):
+                columns = start + i * CHUNK + tl.arange(0, CHUNK)
+                asked = tl.load(query + columns, mask=columns < DIM, other=0.0)
+                total += blocks[i].to(tl.float32) * asked[None, :]
+        score = tl.sum(total, axis=1)
+        tl.store(scores + rows, score, mask=there)
+        highest = tl.maximum(highest, tl.max(tl.where(there, ordered(score), WORST), axis=0))
+    tl.store(best + tile, highest)
 
 
 @triton.jit
@@ -108,11 +119,21 @@ def _best_rows(
 
 
 def score_rows(
-    vectors: Tensor, query: Tensor, scores: Tensor, best: Tensor, tile: int, chunk: int, warps: int, stream: bool = True
+    vectors: Tensor,
+    query: Tensor,
+    scores: Tensor,
+    best: Tensor,
+    tile: int,
+    part: int = 32,
+    chunk: int = 256,
+    ahead: int = 3,
+    warps: int = 8,
+    stream: bool = True,
 ) -> None:
     """Fill scores float32 [n] with vectors [n, dim] · query float32 [dim], and best int32 [ceil(n / tile)].
 
-    best: of each tile its highest score, as `ordered` has it. stream: vectors are not kept in the cache.
+    best: of each tile its highest score, as `ordered` has it. A program takes `part` rows of its tile after the other,
+    `ahead` chunks of their columns at a time. stream: vectors are not kept in the cache.
     """
     count, dim = vectors.shape
     _scores[(len(best),)](
@@ -124,7 +145,9 @@ def score_rows(
         vectors.stride(0),
         DIM=dim,
         TILE=tile,
-        CHUNK=chunk,
+        PART=min(part, tile),
+        CHUNK=min(chunk, max(16, triton.next_power_of_2(dim))),
+        AHEAD=ahead,
         STREAM=stream,
         num_warps=warps,
     )

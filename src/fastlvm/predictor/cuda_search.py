@@ -20,12 +20,14 @@ LOW = 0x7FFFFFFF  # rows are below it
 class Tune(NamedTuple):
     """How a single query is searched for; every choice finds the same.
 
-    tile: rows whose best score is kept. chunk, warps: columns and warps of the pass over them. stream: whether
-    vectors leave the cache to the weights. counted: ranks are counted by two kernels, else torch sorts.
+    tile: rows whose best score is kept. part, chunk, ahead, warps, stream: of the pass over them, see
+    `rank.score_rows`. counted: ranks are counted by two kernels, else torch sorts.
     """
 
-    tile: int = 64
+    tile: int = 128
+    part: int = 32
     chunk: int = 256
+    ahead: int = 3
     warps: int = 8
     stream: bool = True
     counted: bool = True
@@ -49,12 +51,12 @@ class Exact:
             self._many(queries, ids, scores)
 
     def _one(self, query: Tensor, ids: Tensor, scores: Tensor) -> None:
-        tile, chunk, warps, stream, counted = self.tune
+        tile, *how, counted = self.tune
         k, count = len(ids), len(self.vectors)
         tiles = -(-count // tile)
         every = torch.empty(count, dtype=torch.float32, device=query.device)
         best = torch.empty(tiles, dtype=torch.int32, device=query.device)
-        rank.score_rows(self.vectors, query, every, best, tile, chunk, warps, stream)
+        rank.score_rows(self.vectors, query, every, best, tile, *how)
         if counted and min(k, tiles) * tile <= COUNTED and tiles <= TILES:
             rank.best_rows(every, best, ids, scores, tile)
         else:
