@@ -100,6 +100,8 @@ def _reference(case: Case, backend: str) -> Contender:
 
 
 def _compiled(case: Scan, backend: str) -> Contender:
+    if case.dtype != "bf16":
+        raise Missing("compiled for bf16 alone")
     if case.length > _SHORT:
         raise Missing(f"compiling the reference's loop of {case.length} steps takes minutes and more")
     from fastlvm.ops.ssm_scan.reference import scan
@@ -220,8 +222,8 @@ _MAKERS: dict[type[Case], dict[str, Callable[[Any, str], Contender]]] = {
 
 def versions() -> dict[str, str]:
     """Of the packages that a row may need; "missing" where one is not installed."""
-    found = {"python": platform.python_version()}
-    for package, module in (("torch", "torch"), ("triton", "triton"), ("mamba-ssm", "mamba_ssm"), ("fla-core", "fla")):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package, module in (("triton", "triton"), ("mamba-ssm", "mamba_ssm"), ("fla-core", "fla")):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

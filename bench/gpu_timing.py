@@ -20,6 +20,7 @@ from gpu_case import Arrays
 from gpu_rivals import Contender
 
 _GRAPHED = 2.0  # ms: calls shorter than this are timed as a graph of one call for every set of inputs
+_SLOW = 200.0  # ms: calls that take longer are warm enough after the one whose result was judged
 _LONG = 5.0  # ms: calls longer than this have fewer than LAUNCHES
 LAUNCHES = 100
 _LEAST = 3
@@ -87,10 +88,12 @@ class Device:
 def prepare(device: Device, one: Contender, sets: Sequence[Arrays], seconds: float) -> Timed:
     """Warmed up, captured where its calls are short, and planned: `seconds` for calls over 5 ms, `LAUNCHES` below."""
     given = [one.prepare(arrays) for arrays in sets]
-    for arrays in given[:2]:
-        one.call(arrays)
-    expected = min(device.once(lambda: one.call(given[0])) for _ in range(2))
-    extra = _extra(device, lambda: one.call(given[0]))
+    expected, extra = _weighed(device, lambda: one.call(given[0]))
+    if expected < _SLOW:
+        for arrays in given[:2]:
+            one.call(arrays)
+        expected = min(device.once(lambda: one.call(given[0])) for _ in range(2))
+        _, extra = _weighed(device, lambda: one.call(given[0]))
     turn = iter(range(1 << 62))
     timed = Timed(one.name, lambda: one.call(given[next(turn) % len(given)]), 1, LAUNCHES, "events", extra_mb=extra)
     if expected > _LONG:
@@ -136,17 +139,15 @@ def _host(device: Device, call: Callable[[], Any], calls: int = 40) -> float:
     return 1e6 * (time.perf_counter() - before) / calls
 
 
-def _extra(device: Device, call: Callable[[], Any]) -> float | None:
+def _weighed(device: Device, call: Callable[[], Any]) -> tuple[float, float | None]:
+    """Milliseconds of a call, and by how many MB the allocated memory rose for it."""
     if not device.gpu:
-        return None
+        return device.once(call), None
     device.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = call()
-    device.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return peak / 1e6
+    took = device.once(call)
+    return took, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def rounds(device: Device, timed: Sequence[Timed]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,8 +151,90 @@ def test_a_rehearsal_of_a_row(monkeypatch):
         json.dumps(row, allow_nan=False)
 
 
+class Stub:
+    """Stands for a stream, an event or a graph."""
+
+    at = 0.0
+
+    def __init__(self, *args, **kwargs):
+        self.when, self.replayed = 0.0, 0
+
+    def record(self):
+        Stub.at += 3.0
+        self.when = Stub.at
+
+    def elapsed_time(self, other):
+        return other.when - self.when
+
+    def wait_stream(self, other):
+        pass
+
+    def replay(self):
+        self.replayed += 1
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """A device whose calls all take 3 ms by its events, or as many as `Stub.at` is moved on by."""
+    none, cuda = contextlib.nullcontext, torch.cuda
+    for name in ("Event", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(cuda, name, Stub)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(cuda, name, lambda name=name: 5e6 * name.startswith("max"))
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(cuda, name, lambda *args: none())
+    monkeypatch.setattr(cuda, "current_stream", Stub)
+    properties = SimpleNamespace(L2_cache_size=60 << 20, name="Stub", major=9, minor=0, multi_processor_count=1)
+    properties.total_memory = 1 << 30
+    monkeypatch.setattr(cuda, "get_device_properties", lambda index: properties)
+    device = Device("cpu")
+    device.gpu = True
+    return device
+
+
+@pytest.mark.parametrize("graphed", (True, False))
+def test_short_calls_are_timed_as_a_graph_of_all_sets(stubbed, monkeypatch, graphed):
+    monkeypatch.setattr("gpu_timing._GRAPHED", 4.0 if graphed else 2.0)
+    seen = []
+    sets = [{"number": number} for number in range(stubbed.sets(20e6))]
+    assert len(sets) == 10
+    one = prepare(stubbed, Contender("one", lambda given: seen.append(given["number"])), sets, 1.0)
+    rounds(stubbed, [one])
+    figures = one.figures()
+    assert figures["extra_mb"] == 5.0 and ("host_us" in figures) == graphed
+    if graphed:
+        assert figures["how"] == "graph of 10 calls" and figures["launches"] == 250 and figures["median_us"] == 300.0
+    else:
+        assert figures["how"] == "events" and figures["launches"] == 100 and figures["median_us"] == 3000.0
+        assert seen[-10:] == list(range(10))
+
+
+def test_what_cannot_be_captured_is_timed_by_events(stubbed, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("not while capturing\nmore")
+
+    monkeypatch.setattr("gpu_timing._GRAPHED", 4.0)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    one = prepare(stubbed, Contender("one", lambda given: None), [{}, {}], 1.0)
+    assert one.how == "events; no graph: not while capturing" and one.calls == 1
+
+
+def test_a_slow_call_has_fewer_launches(stubbed):
+    def slow(given):
+        Stub.at += 300.0
+
+    one = prepare(stubbed, Contender("one", slow), [{}, {}], 2.0)
+    assert one.rounds == 6
+
+
+def test_a_device_is_described(stubbed):
+    assert gpu.describe(stubbed)["capability"] == "sm_90"
+
+
 def test_packages_have_a_version_or_are_missing():
-    assert versions()["torch"] == torch.__version__.partition("+")[0] or versions()["torch"] == torch.__version__
+    assert versions()["torch"] == torch.__version__ and versions()["mamba-ssm"]
 
 
 # --- runs
