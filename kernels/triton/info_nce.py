@@ -233,9 +233,7 @@ def _pass(
     ours, theirs, columns = None, None, 0
     if query_labels is not None and key_labels is not None:
         ours, theirs, columns = query_labels.contiguous(), key_labels.t().contiguous(), query_labels.shape[1]
-    warps = 4 if count < 4096 else 8
-    whole = triton.next_power_of_2(count)
-    block = min(whole, 128 * warps)
+    warps, tall, block = _tile_of_a_row(count, masked=mask is not None or ours is not None)
 
     for first in range(0, batch, rows):
         some = queries[first : first + rows]
@@ -253,7 +251,7 @@ def _pass(
                 SLOPES=slopes,
                 NARROW=narrow,
                 G=columns,
-                R=min(4 if mask is None and ours is None else 2, whole // block),
+                R=tall,
                 C=block,
                 num_warps=warps,
             )
@@ -267,6 +265,18 @@ def _rows_of_a_block(batch: int, pitch: int) -> int:
     most = max(LEAST_ROWS, BLOCK_BYTES // (4 * pitch) // LEAST_ROWS * LEAST_ROWS)
     blocks = triton.cdiv(batch, most)
     return min(batch, triton.cdiv(triton.cdiv(batch, blocks), LEAST_ROWS) * LEAST_ROWS)
+
+
+def _tile_of_a_row(count: int, *, masked: bool) -> tuple[int, int, int]:
+    """Warps, R and C for rows of `count` keys.
+
+    A thread reads and writes 8 neighbours, 16 bytes of gradients, at a time. The rows that all processors are at should
+    fit the L2 cache together, to be read once more from there: many warps for a long row.
+    """
+    whole = triton.next_power_of_2(count)
+    warps = 4 if count < 4096 else 8 if masked or count < 16384 else 16
+    block = min(whole, 256 * warps)
+    return warps, 1 if masked else min(2, whole // block), block
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
