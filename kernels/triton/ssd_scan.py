@@ -171,8 +171,8 @@ def _states_kernel(
 def _scan_kernel(
     x, B, C, D, z, states, steps, high, low, out, grad_out, grad_z, table, length, per_row, heads, per_group, splits,
     x_s, B_s, C_s, D_s, z_s, states_s, out_s, grad_out_s, grad_z_s, P: tl.constexpr, N: tl.constexpr,
-    HEADS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr,
+    HEADS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of T tokens of a chunk, for HEADS heads of a group, which share C Bᵀ.
 
@@ -331,6 +331,8 @@ class Plan(NamedTuple):
     per_row: int
     sequences: int
     table: Tensor | None  # int32: begin and length of every chunk, then the first chunk of every sequence, then `count`
+    across: dict[str, Any]  # how the kernels are launched that go from chunk to chunk
+    within: dict[str, Any]  # and those that go from head to head
 
     @property
     def dots(self) -> dict[str, Any]:
@@ -345,9 +347,10 @@ def plan(x: Tensor, B: Tensor, C: Tensor, offsets: Sequence[int] | None) -> Plan
     """The plan for a call; `offsets` are those of packed sequences."""
     batch, length, _, dim = x.shape
     half = x.dtype != torch.float32 and x.dtype == B.dtype == C.dtype
-    target = (
-        "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
-    )
+    target, arch = "interpreter", None
+    if not triton.knobs.runtime.interpret:
+        device = triton.runtime.driver.active.get_current_target()
+        target, arch = device.backend, device.arch
     if half:
         dot, precision = x.dtype, "ieee"
         Q, T, BP, BN = 128, 64, 64, 128
@@ -358,18 +361,23 @@ def plan(x: Tensor, B: Tensor, C: Tensor, offsets: Sequence[int] | None) -> Plan
         Q, BN = min(Q, 64), min(BN, 64)
     if target == "interpreter" and dot == torch.bfloat16:
         dot = torch.float32  # it multiplies the bits of bfloat16 as integers
+    across, within = {"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}
+    if half and arch == 90:  # three programs on a multiprocessor; without the limit there is room for two
+        across["maxnreg"] = 168
+    if max(dim, B.shape[3]) > (256 if arch in (90, 100) else 128):  # no room in shared memory for two stages
+        within["num_stages"] = 1
     longest = length if offsets is None else max((b - a for a, b in pairwise(offsets)), default=0)
     Q = min(Q, _block(longest))
     T, BP, BN = min(T, Q), min(BP, _block(dim)), min(BN, _block(B.shape[3]))
     if offsets is None:
         per_row = triton.cdiv(length, Q)
-        return Plan(Q, T, BP, BN, half, dot, precision, batch * per_row, per_row, batch, None)
+        return Plan(Q, T, BP, BN, half, dot, precision, batch * per_row, per_row, batch, None, across, within)
     chunks, firsts = [], [0]
     for begin, end in pairwise(offsets):
         chunks += [n for at in range(begin, end, Q) for n in (at, min(Q, end - at))]
         firsts.append(len(chunks) // 2)
     table = torch.tensor(chunks + firsts, dtype=torch.int32).to(x.device, non_blocking=True)
-    return Plan(Q, T, BP, BN, half, dot, precision, firsts[-1], 0, len(offsets) - 1, table)
+    return Plan(Q, T, BP, BN, half, dot, precision, firsts[-1], 0, len(offsets) - 1, table, across, within)
 
 
 def _block(size: int) -> int:
@@ -383,6 +391,13 @@ def reachable(*tensors: Tensor | None) -> list[Tensor | None]:
         return any(stride * min(size, 512) >= 2**30 for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True))
 
     return [x.contiguous() if x is not None and far(x) else x for x in tensors]
+
+
+def shares(heads: int, programs: int, wanted: int = PROGRAMS) -> tuple[int, int]:
+    """How many of the heads of a group a program takes, and how many programs that is for each of `programs`."""
+    parts = min(max(heads, 1), triton.cdiv(wanted, max(programs, 1)))
+    share = max(1, triton.cdiv(heads, parts))
+    return share, triton.cdiv(heads, share)
 
 
 def strides(x: Tensor | None, rank: int = 4) -> tuple[int, ...]:
@@ -418,7 +433,7 @@ def entering_states(
         _states_kernel[(programs,)](
             x, B, initial, states, final, *sums, cut.table, cut.count, length, cut.per_row, heads, heads // groups,
             x.stride(), B.stride(), strides(initial), P=dim, N=size, BP=cut.BP, BN=BN,
-            SPLIT=cut.half and final is not None, **cut.dots, **cut.where, num_warps=4, num_stages=3 if cut.half else 2,
+            SPLIT=cut.half and final is not None, **cut.dots, **cut.where, **cut.across,
         )  # fmt: skip
     return states
 
@@ -431,15 +446,15 @@ def outputs(
     _, length, heads, dim = x.shape
     groups, size = B.shape[2:]
     inner = cut.Q // cut.T * triton.cdiv(dim, cut.BP)
-    share = max(1, min(heads // groups, cut.count * inner * heads // PROGRAMS))
-    splits = groups * triton.cdiv(heads // groups, share)
+    share, parts = shares(heads // groups, cut.count * inner * groups)
+    splits = groups * parts
     programs = cut.count * inner * splits
     if programs:
         _scan_kernel[(programs,)](
             x, B, C, D, z, states, *sums, out, grad_out, grad_z, cut.table, length, cut.per_row, heads,
             heads // groups, splits, x.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), strides(states),
             out.stride(), strides(grad_out), strides(grad_z), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN,
-            EXACT=not cut.half, **cut.dots, **cut.where, num_warps=4, num_stages=2,
+            EXACT=not cut.half, **cut.dots, **cut.where, **cut.within,
         )  # fmt: skip
 
 

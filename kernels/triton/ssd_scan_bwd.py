@@ -33,6 +33,7 @@ from fastlvm.kernels.triton.ssd_scan import (
     put,
     reachable,
     running_sums,
+    shares,
     span,
     strides,
     tile,
@@ -363,8 +364,7 @@ def backward(
     tiles = cut.Q // cut.T
     across, columns, totals = rows(tiles), rows(tiles), rows(tiles)
     inner = tiles * triton.cdiv(dim, cut.BP)
-    share = max(1, min(heads // groups, cut.count * inner * heads // PROGRAMS))
-    parts = triton.cdiv(heads // groups, share)
+    share, parts = shares(heads // groups, cut.count * inner * groups)
     skips = None if grad_D is None else x.new_empty((cut.count * tiles, heads, dim), dtype=torch.float32)
     programs = cut.count * inner * groups * parts
     if programs and grad_x is not None:
@@ -372,19 +372,17 @@ def backward(
             B, C, D, grad, grads, *sums, grad_x, cut.table, length, cut.per_row, heads, heads // groups,
             groups * parts, B.stride(), C.stride(), strides(D, 2), grad.stride(), strides(grads),
             strides(grad_x), P=dim, N=size, HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN, EXACT=not cut.half,
-            **cut.dots, **cut.where, num_warps=4, num_stages=2,
+            **cut.dots, **cut.where, **cut.within,
         )  # fmt: skip
     inner = tiles * (tiles + 1) // 2
-    share = max(1, min(heads // groups, cut.count * inner * heads // PROGRAMS))
-    parts = triton.cdiv(heads // groups, share)
+    share, parts = shares(heads // groups, cut.count * inner * groups)
     pairs = x.new_empty((cut.count, groups, parts, cut.Q, cut.Q), dtype=torch.float32)
     programs = cut.count * inner * groups * parts
     if programs:
         _pairs_bwd_kernel[(programs,)](
             x, B, C, grad, *sums, pairs, across, columns, totals, skips, cut.table, cut.count, length, cut.per_row,
             heads, heads // groups, groups * parts, x.stride(), B.stride(), C.stride(), grad.stride(), P=dim, N=size,
-            HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN, EXACT=not cut.half, **cut.dots, **cut.where, num_warps=4,
-            num_stages=2,
+            HEADS=share, T=cut.T, BP=cut.BP, BN=cut.BN, EXACT=not cut.half, **cut.dots, **cut.where, **cut.within,
         )  # fmt: skip
     if grad_D is not None and skips is not None:
         total = skips.sum(0)
@@ -426,7 +424,7 @@ def _states_backward(
         _states_bwd_kernel[(programs,)](
             C, grad, states, grad_final, grads, grad_initial, kept, *sums[1:], cut.table, cut.count, length,
             cut.per_row, heads, heads // groups, C.stride(), grad.stride(), strides(states), strides(grad_final),
-            P=dim, N=size, BP=cut.BP, BN=BN, **cut.dots, **cut.where, num_warps=4, num_stages=3 if cut.half else 2,
+            P=dim, N=size, BP=cut.BP, BN=BN, **cut.dots, **cut.where, **cut.across,
         )  # fmt: skip
 
 
@@ -443,8 +441,7 @@ def _matrix_backward(
         if out is not None:
             out.zero_()
         return
-    share = max(1, min(heads // groups, programs * heads // groups // (PROGRAMS // 4)))
-    parts = triton.cdiv(heads // groups, share) if out is None or states is not None else 1
+    share, parts = shares(heads // groups, programs, PROGRAMS // 4 if states is not None else 1)
     target = out
     if out is not None and parts > 1:
         target = out.new_empty((parts, *out.shape), dtype=torch.float32)
@@ -453,8 +450,8 @@ def _matrix_backward(
     _matrix_bwd_kernel[(programs * parts,)](
         value, states, matrix, other, *sums, pairs, target, products, cut.table, cut.count, length, cut.per_row,
         heads, heads // groups, groups, pairs.shape[2], parts, value.stride(), strides(states), matrix.stride(),
-        other.stride(), strides(target, 5), P=dim, N=size, HEADS=share if parts > 1 else heads // groups, T=cut.T,
-        BP=cut.BP, BN=BN, BQ=min(cut.Q, 32), **cut.dots, **cut.where, INPUT=of_input, num_warps=4, num_stages=2,
+        other.stride(), strides(target, 5), P=dim, N=size, HEADS=share, T=cut.T,
+        BP=cut.BP, BN=BN, BQ=min(cut.Q, 32), **cut.dots, **cut.where, INPUT=of_input, **cut.within,
     )  # fmt: skip
     if out is not None and target is not None and parts > 1:
         out.copy_(target.sum(0))
