@@ -20,9 +20,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-if "--rehearse" in sys.argv:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
 
 import gpu_models
@@ -253,11 +250,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=460.0, help="seconds for the whole run")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds for a row before it is given up")
     parser.add_argument("--out", type=Path, help="folder for the two files; of part of the rows, none otherwise")
-    parser.add_argument("--backend", default="triton", help="of fastlvm")
+    parser.add_argument("--backend", help="of fastlvm; triton if not said, auto in a rehearsal")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--list", action="store_true", help="print the ids of the rows")
     parser.add_argument("--rehearse", action="store_true", help="every row at a small size on the CPU, into --out")
-    return parser.parse_args(given)
+    found = parser.parse_args(given)
+    found.backend = found.backend or ("auto" if found.rehearse else "triton")
+    return found
 
 
 def main() -> int:
