@@ -5,123 +5,20 @@ Inside a chunk the scan is a product of matrices, `Y = ((C Bᵀ) ∘ M) (dt X)` 
 step sizes and running sums of the decays; the states that enter the chunks; the outputs. One sequence that fits a chunk
 takes a single one.
 
-A running sum is kept in base 2 and as two floats, high and low: the difference of two of them is then right where both
-are large, next to a step that forgets everything. Between the kernels, rows [·, heads, Q] of all chunks hold what
-belongs to a token; past the end of a sequence their step size is 0 and the running sum stands still.
+Between the kernels, rows [chunks, heads, Q] hold what belongs to a token; past the end of a sequence their step size is
+0 and the running sum of the decays stands still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from fastlvm.kernels.triton.math import LOG2E, exp2, sigmoid, softplus
+from fastlvm.kernels.triton.math import exp2, sigmoid, softplus
+from fastlvm.kernels.triton.ssd_chunks import Plan, chunks_of, near, plan, put, shares, span, strides, tile, wide
+from fastlvm.kernels.triton.ssd_steps import cumulated, decay_between, decay_until, running_sums
 from torch import Tensor
-
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-PROGRAMS = 1024  # enough for every multiprocessor of a large GPU, several times
-
-
-@triton.jit
-def wide(i):
-    """i in 64 bits, whatever it is: a number known while compiling has no `.to`."""
-    return tl.full([], 0, tl.int64) + i
-
-
-@triton.jit
-def span(k, table, length, per_row, Q: tl.constexpr, PACKED: tl.constexpr):
-    """Row of the batch, first token and number of tokens of chunk k."""
-    if PACKED:
-        row, begin = 0 * k, tl.load(table + 2 * k)
-        count = tl.load(table + 2 * k + 1)
-    else:
-        row, begin = k // per_row, k % per_row * Q
-        count = tl.minimum(length - begin, Q)
-    return wide(row), wide(begin), count
-
-
-@triton.jit
-def chunks_of(sequence, table, per_row, count, PACKED: tl.constexpr):
-    """First chunk of a sequence, and of the next one."""
-    if PACKED:
-        first, end = tl.load(table + 2 * count + sequence), tl.load(table + 2 * count + sequence + 1)
-    else:
-        first, end = sequence * per_row, sequence * per_row + per_row
-    return first, end
-
-
-@triton.jit
-def tile(at, rows, live, columns, strides, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, columns] at `at`: 0 where a row is not live and from column WIDTH on."""
-    mask = live[:, None]
-    if WIDTH % BLOCK:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(at + rows[:, None] * strides[0] + columns[None, :] * strides[1], mask=mask, other=0.0)
-
-
-@triton.jit
-def put(at, value, rows, live, columns, strides, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write [rows, columns] where `tile` reads them."""
-    mask = live[:, None]
-    if WIDTH % BLOCK:
-        mask = mask & (columns < WIDTH)[None, :]
-    tl.store(at + rows[:, None] * strides[0] + columns[None, :] * strides[1], value, mask=mask)
-
-
-@triton.jit
-def cumulated(step, rate):
-    """Running sums of the decays `step` [Q, ...] · `rate` in base 2, high and low."""
-    total = tl.cumsum(step.to(tl.float64) * (rate.to(tl.float64) * LOG2E), 0)
-    high = total.to(tl.float32)
-    return high, (total - high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def decay_between(high, low, since, until, EXACT: tl.constexpr):
-    """exp of the decays after the one at `since` up to the one at `until`, which are places in the running sums.
-
-    Not EXACT is within half a unit of a 16-bit number, where a chunk's decays do not multiply to less than 2^-4096.
-    """
-    log = tl.load(high + until) - tl.load(high + since)
-    if EXACT:
-        log += tl.load(low + until) - tl.load(low + since)
-    return exp2(log)
-
-
-@triton.jit
-def decay_until(high, low, until):
-    """exp of the decays from the beginning of the chunk on."""
-    return exp2(tl.load(high + until) + tl.load(low + until))
-
-
-@triton.jit
-def _steps_kernel(
-    dt, dt_bias, A, steps, high, low, table, length, per_row, heads, bias_s, A_s, dt_s,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(heads, BH)
-    k, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BH + tl.arange(0, BH)
-    row, begin, count = span(k, table, length, per_row, Q, PACKED)
-    t, here = tl.arange(0, Q), h < heads
-    live = (t < count)[:, None] & here[None, :]
-    step = tl.load(
-        dt + row * dt_s[0] + begin * dt_s[1] + t[:, None] * dt_s[1] + h[None, :] * dt_s[2], mask=live, other=0.0
-    ).to(tl.float32)
-    if dt_bias is not None:
-        step += tl.load(dt_bias + h * bias_s, mask=here, other=0.0).to(tl.float32)[None, :]
-    if SOFTPLUS:
-        step = softplus(step)
-    step = tl.where(live, step, 0.0)  # [Q, BH]
-    rate = tl.load(A + h * A_s, mask=here, other=0.0)
-    above, below = cumulated(step, rate[None, :])
-    at = (wide(k) * heads + h)[None, :] * Q + t[:, None]
-    tl.store(steps + at, step, mask=here[None, :])
-    tl.store(high + at, above, mask=here[None, :])
-    tl.store(low + at, below, mask=here[None, :])
 
 
 @triton.jit
@@ -317,109 +214,6 @@ def _single_kernel(
             put(final + (row * heads + h) * (P * N), state, p, p < P, n, (N, 1), N, BN)
 
 
-class Plan(NamedTuple):
-    """How a call is cut: `count` chunks of Q tokens, rows of `per_row` chunks or, packed, a table of them."""
-
-    Q: int
-    T: int  # tokens a program has for itself
-    BP: int
-    BN: int
-    half: bool
-    dot: torch.dtype
-    precision: str
-    count: int
-    per_row: int
-    sequences: int
-    table: Tensor | None  # int32: begin and length of every chunk, then the first chunk of every sequence, then `count`
-    across: dict[str, Any]  # how the kernels are launched that go from chunk to chunk
-    within: dict[str, Any]  # and those that go from head to head
-
-    @property
-    def dots(self) -> dict[str, Any]:
-        return {"Q": self.Q, "DOT": _TYPES[self.dot], "PRECISION": self.precision}
-
-    @property
-    def where(self) -> dict[str, Any]:
-        return {"PACKED": self.table is not None}
-
-
-def plan(x: Tensor, B: Tensor, C: Tensor, offsets: Sequence[int] | None) -> Plan:
-    """The plan for a call; `offsets` are those of packed sequences."""
-    batch, length, _, dim = x.shape
-    half = x.dtype != torch.float32 and x.dtype == B.dtype == C.dtype
-    target, arch = "interpreter", None
-    if not triton.knobs.runtime.interpret:
-        device = triton.runtime.driver.active.get_current_target()
-        target, arch = device.backend, device.arch
-    if half:
-        dot, precision = x.dtype, "ieee"
-        Q, T, BP, BN = 128, 64, 64, 128
-    else:
-        dot, precision = torch.float32, "tf32x3" if target == "cuda" else "ieee"
-        Q, T, BP, BN = 64, 32, 32, 32
-    if target == "hip":  # 64 KiB of shared memory
-        Q, BN = min(Q, 64), min(BN, 64)
-    if target == "interpreter" and dot == torch.bfloat16:
-        dot = torch.float32  # it multiplies the bits of bfloat16 as integers
-    across, within = {"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 2}
-    if half and arch == 90:  # three programs on a multiprocessor; without the limit there is room for two
-        across["maxnreg"] = 168
-    if max(dim, B.shape[3]) > (256 if arch in (90, 100) else 128):  # no room in shared memory for two stages
-        within["num_stages"] = 1
-    longest = length if offsets is None else max((b - a for a, b in pairwise(offsets)), default=0)
-    Q = min(Q, _block(longest))
-    T, BP, BN = min(T, Q), min(BP, _block(dim)), min(BN, _block(B.shape[3]))
-    if offsets is None:
-        per_row = triton.cdiv(length, Q)
-        return Plan(Q, T, BP, BN, half, dot, precision, batch * per_row, per_row, batch, None, across, within)
-    chunks, firsts = [], [0]
-    for begin, end in pairwise(offsets):
-        chunks += [n for at in range(begin, end, Q) for n in (at, min(Q, end - at))]
-        firsts.append(len(chunks) // 2)
-    table = torch.tensor(chunks + firsts, dtype=torch.int32).to(x.device, non_blocking=True)
-    return Plan(Q, T, BP, BN, half, dot, precision, firsts[-1], 0, len(offsets) - 1, table, across, within)
-
-
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def reachable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, copied where the offsets inside one tile may pass 32 bits."""
-
-    def far(x: Tensor) -> bool:
-        return any(stride * min(size, 512) >= 2**30 for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True))
-
-    return [x.contiguous() if x is not None and far(x) else x for x in tensors]
-
-
-def shares(heads: int, programs: int, wanted: int = PROGRAMS) -> tuple[int, int]:
-    """How many of the heads of a group a program takes, and how many programs that is for each of `programs`."""
-    parts = min(max(heads, 1), triton.cdiv(wanted, max(programs, 1)))
-    share = max(1, triton.cdiv(heads, parts))
-    return share, triton.cdiv(heads, share)
-
-
-def strides(x: Tensor | None, rank: int = 4) -> tuple[int, ...]:
-    """Strides of x, 0 for those it lacks."""
-    own = () if x is None else x.stride()
-    return (*own, *[0] * (rank - len(own)))
-
-
-def running_sums(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, cut: Plan) -> tuple[Tensor, ...]:
-    """Step sizes and the running sums of the decays, high and low: [chunks, H, Q] each."""
-    _, length, heads = dt.shape
-    buffers = tuple(dt.new_empty((cut.count, heads, cut.Q), dtype=torch.float32) for _ in range(3))
-    block = min(16, triton.next_power_of_2(max(heads, 1)))
-    programs = cut.count * triton.cdiv(heads, block)
-    if programs:
-        _steps_kernel[(programs,)](
-            dt, dt_bias, A, *buffers, cut.table, length, cut.per_row, heads, *strides(dt_bias, 1), *A.stride(),
-            dt.stride(), SOFTPLUS=dt_softplus, Q=cut.Q, BH=block, **cut.where, num_warps=4,
-        )  # fmt: skip
-    return buffers
-
-
 def entering_states(
     x: Tensor, B: Tensor, initial: Tensor | None, sums: tuple[Tensor, ...], cut: Plan, keep: bool, final: Tensor | None
 ) -> Tensor | None:
@@ -464,7 +258,7 @@ def forward(
     out: Tensor, final: Tensor | None,
 ) -> None:  # fmt: skip
     """Write `out` [B, L, H, P] and, unless it is None, `final` [B or S, H, P, N], contiguous and float32."""
-    x, dt, B, C, z, initial = reachable(x, dt, B, C, z, initial)
+    x, dt, B, C, z, initial, result = near(x, dt, B, C, z, initial, out)
     batch, length, heads, dim = x.shape
     groups, size = B.shape[2:]
     cut = plan(x, B, C, offsets)
@@ -472,12 +266,14 @@ def forward(
         programs = batch * heads * triton.cdiv(dim, cut.BP)
         if programs:
             _single_kernel[(programs,)](
-                x, dt, A, B, C, D, z, dt_bias, initial, out, final, length, heads, heads // groups, x.stride(),
+                x, dt, A, B, C, D, z, dt_bias, initial, result, final, length, heads, heads // groups, x.stride(),
                 dt.stride(), *A.stride(), B.stride(), C.stride(), strides(D, 2), strides(z), *strides(dt_bias, 1),
-                strides(initial), out.stride(), P=dim, N=size, BP=cut.BP, BN=cut.BN, SOFTPLUS=dt_softplus,
+                strides(initial), result.stride(), P=dim, N=size, BP=cut.BP, BN=cut.BN, SOFTPLUS=dt_softplus,
                 SPLIT=cut.half and final is not None, **cut.dots, num_warps=8 if cut.Q == 128 else 4,
             )  # fmt: skip
-        return
-    sums = running_sums(dt, A, dt_bias, dt_softplus, cut)
-    states = entering_states(x, B, initial, sums, cut, True, final)
-    outputs(x, B, C, D, z, states, sums, cut, out)
+    else:
+        sums = running_sums(dt, A, dt_bias, dt_softplus, cut)
+        states = entering_states(x, B, initial, sums, cut, True, final)
+        outputs(x, B, C, D, z, states, sums, cut, result)
+    if result is not out:
+        out.copy_(result)

@@ -20,25 +20,21 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastlvm.kernels.triton.math import sigmoid
-from fastlvm.kernels.triton.ssd_scan import (
+from fastlvm.kernels.triton.ssd_chunks import (
     PROGRAMS,
     Plan,
     chunks_of,
-    decay_between,
-    decay_until,
-    entering_states,
-    outputs,
+    near,
     plan,
     put,
-    reachable,
-    running_sums,
     shares,
     span,
     strides,
     tile,
     wide,
 )
+from fastlvm.kernels.triton.ssd_scan import entering_states, outputs
+from fastlvm.kernels.triton.ssd_steps import decay_between, decay_until, running_sums, steps_backward
 from torch import Tensor
 
 
@@ -273,72 +269,17 @@ def _matrix_bwd_kernel(
         put(at, total, t, live, n, (out_s[2], out_s[4]), N, BN)
 
 
-@triton.jit
-def _steps_bwd_kernel(
-    dt, dt_bias, A, steps, rows, columns, totals, from_before, from_after, kept, grad_dt, grad_A, grad_bias, table,
-    count, length, per_row, heads, bias_s, A_s, dt_s, grad_dt_s, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    Q: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the step sizes of a chunk for BH heads, and what it adds to those of A and the bias."""
-    blocks = tl.cdiv(heads, BH)
-    k, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BH + tl.arange(0, BH)
-    row, begin, tokens = span(k, table, length, per_row, Q, PACKED)
-    t, here = tl.arange(0, Q), (h < heads)[:, None]
-    of = (wide(k) * heads + h)[:, None]
-    at = of * Q + t[None, :]  # [BH, Q]
-    every = wide(count) * heads * Q
-    step = tl.load(steps + at, mask=here, other=0.0)
-    pairs, own = tl.zeros([BH, Q], tl.float32), tl.zeros([BH, Q], tl.float32)
-    for i in tl.static_range(Q // T):  # tiles of pairs whose other token is in tile i
-        later, sooner = here & (t < (i + 1) * T)[None, :], here & (t >= i * T)[None, :]
-        own += tl.load(totals + i * every + at, mask=later, other=0.0)
-        pairs -= step * tl.load(columns + i * every + at, mask=later, other=0.0)
-        pairs += tl.load(rows + i * every + at, mask=sooner, other=0.0)
-    if from_before is not None:
-        for i in tl.static_range(SUMS):
-            pairs += tl.load(from_before + i * every + at, mask=here, other=0.0)
-    decay = tl.cumsum(pairs, 1, reverse=True)
-    if from_after is not None:
-        before = here & (t > 0)[None, :]
-        passed = tl.zeros([BH, Q], tl.float32)
-        for i in tl.static_range(SUMS):
-            own += tl.load(from_after + i * every + at, mask=here, other=0.0)
-            passed += tl.load(from_after + i * every + at - 1, mask=before, other=0.0)
-        decay += tl.cumsum(passed * tl.load(steps + at - 1, mask=before, other=0.0), 1)
-    if kept is not None:
-        p = tl.arange(0, WIDE)[None, :]
-        whole = tl.zeros([BH], tl.float32)
-        for i in tl.static_range(SUMS):
-            at_kept = kept + (i * wide(count) * heads + of) * P + p
-            whole += tl.sum(tl.load(at_kept, mask=here & (p < P), other=0.0), 1)
-        decay += whole[:, None]
-    live = here & (t < tokens)[None, :]
-    rate = tl.load(A + h * A_s, mask=h < heads, other=0.0).to(tl.float32)
-    grad = tl.where(live, rate[:, None] * decay + own, 0.0)
-    if SOFTPLUS:
-        at_dt = dt + row * dt_s[0] + begin * dt_s[1] + t[None, :] * dt_s[1] + h[:, None] * dt_s[2]
-        raw = tl.load(at_dt, mask=live, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            raw += tl.load(dt_bias + h * bias_s, mask=h < heads, other=0.0).to(tl.float32)[:, None]
-        grad = tl.where(raw > 20.0, grad, grad * sigmoid(raw))
-    if grad_dt is not None:
-        at_dt = grad_dt + row * grad_dt_s[0] + begin * grad_dt_s[1] + t[None, :] * grad_dt_s[1]
-        tl.store(at_dt + h[:, None] * grad_dt_s[2], grad, mask=live)
-    at = wide(k) * heads + h
-    tl.store(grad_A + at, tl.sum(tl.where(live, decay * step, 0.0), 1), mask=h < heads)
-    tl.store(grad_bias + at, tl.sum(grad, 1), mask=h < heads)
-
-
 def backward(
     grad_out: Tensor | None, grad_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, initial: Tensor | None,
     offsets: Sequence[int] | None, buffers: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     """Write the gradients that have a buffer: of x, dt, A, B, C, D, z, dt_bias, initial state; the last contiguous."""
-    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial = buffers
+    results = near(*buffers)
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial = results
     if grad_out is None:
         grad_out = torch.zeros_like(x)
-    x, dt, B, C, z, initial, grad_out, grad_final = reachable(x, dt, B, C, z, initial, grad_out, grad_final)
+    x, dt, B, C, z, initial, grad_out, grad_final = near(x, dt, B, C, z, initial, grad_out, grad_final)
     _, length, heads, dim = x.shape
     groups, size = B.shape[2:]
     cut = plan(x, B, C, offsets)
@@ -350,10 +291,10 @@ def backward(
         grad = torch.empty_like(x)
         outputs(x, B, C, D, z, states, sums, cut, grad, grad_out, grad_z)
 
-    across_n, grads, kept = triton.cdiv(size, min(cut.BN, 64)), None, None
+    wide_n, grads, kept = triton.cdiv(size, min(cut.BN, 64)), None, None
     needed = states is not None and not (single and grad_final is None)
     if needed:
-        kept = x.new_empty((across_n, cut.count, heads, dim), dtype=torch.float32)
+        kept = x.new_empty((wide_n, cut.count, heads, dim), dtype=torch.float32)
     grads = grad_final if single else x.new_empty((cut.count, heads, dim, size), dtype=cut.dot)
     if needed or grad_initial is not None:
         _states_backward(C, grad, states, grad_final, None if single else grads, grad_initial, kept, sums, cut)
@@ -388,28 +329,19 @@ def backward(
         total = skips.sum(0)
         grad_D.copy_(total.sum(1) if grad_D.ndim == 1 else total)
 
-    from_before = None if states is None else rows(across_n)
-    from_after = None if grads is None else rows(across_n)
+    from_before = None if states is None else rows(wide_n)
+    from_after = None if grads is None else rows(wide_n)
     if grad_C is not None or from_before is not None:
         _matrix_backward(grad, states, C, B, pairs, grad_C, from_before, sums, cut, False)
     if grad_B is not None or from_after is not None:
         _matrix_backward(x, grads, B, C, pairs, grad_B, from_after, sums, cut, True)
 
     if grad_dt is not None or grad_A is not None or grad_bias is not None:
-        per_chunk = x.new_empty((2, cut.count, heads), dtype=torch.float32)
-        block = min(8, triton.next_power_of_2(max(heads, 1)))
-        programs = cut.count * triton.cdiv(heads, block)
-        if programs:
-            _steps_bwd_kernel[(programs,)](
-                dt, dt_bias, A, sums[0], across, columns, totals, from_before, from_after, kept, grad_dt,
-                *per_chunk, cut.table, cut.count, length, cut.per_row, heads, *strides(dt_bias, 1), *A.stride(),
-                dt.stride(), strides(grad_dt, 3), SOFTPLUS=dt_softplus, Q=cut.Q, BH=block, P=dim,
-                WIDE=triton.next_power_of_2(max(dim, 1)), T=cut.T, SUMS=across_n, **cut.where,
-                num_warps=4,
-            )  # fmt: skip
-        for buffer, total in zip((grad_A, grad_bias), per_chunk.sum(1), strict=True):
-            if buffer is not None:
-                buffer.copy_(total)
+        parts = (across, columns, totals, from_before, from_after, kept)
+        steps_backward(dt, A, dt_bias, dt_softplus, sums[0], parts, (grad_dt, grad_A, grad_bias), dim, cut)
+    for buffer, result in zip(buffers, results, strict=True):
+        if buffer is not None and buffer is not result:
+            buffer.copy_(result)
 
 
 def _states_backward(
