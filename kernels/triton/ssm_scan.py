@@ -1,11 +1,9 @@
-"""The selective scan forward, in two regimes.
+"""The selective scan forward: every thread walks time with its channel's states, or a part of them, in registers.
 
-short: a program holds channels × state in registers and walks time, unrolled, for several batch entries in turn.
-long: a program walks a sequence in chunks of time; inside a chunk, for one state dimension after the other, the
-recurrence h_t = a_t h_{t-1} + b_t is an associative scan over time. The state between chunks goes through memory, where
-the backward finds it again.
-
-Blelloch, "Prefix Sums and Their Applications" (1990), section 1.4, for the scan of a linear recurrence.
+Time goes in blocks of up to 8 steps, unrolled, the inputs of the next block loaded before this one is computed. Where
+channels are too few to fill the device, long sequences are cut into segments: a first pass leaves what each segment
+makes of a zero state, those are composed one after the other, and the second pass starts every segment from the state
+that enters it. Where a backward will follow, the state before every `CHUNK` steps is kept for it.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
 
-SHORT = 8  # steps, up to which time is unrolled
-CHUNK: tl.constexpr = tl.constexpr(256)  # steps at most of a chunk: 8 a lane, for 16-byte loads of 16-bit numbers
-ONCE: tl.constexpr = tl.constexpr("")  # eviction policy
-WIDEST = 512  # state dimensions that the short regime holds in registers
+SHORT = 8  # steps of a block of time
+CHUNK: tl.constexpr = tl.constexpr(256)  # steps between the states that are kept, and the least of a segment
+WARPS = 1024  # that keep the device busy
 
 
 class Packed(NamedTuple):
@@ -61,11 +58,6 @@ class Shape(NamedTuple):
     def per_group(self) -> tuple[int, int]:
         return self.channels // self.groups_B, self.channels // self.groups_C
 
-    @property
-    def chunk(self) -> int:
-        """Steps of a chunk of the long regime. Fewer than `CHUNK` where one chunk holds every sequence."""
-        return min(CHUNK.value, max(16, triton.next_power_of_2(max(self.longest, 1))))
-
 
 def strides(M: Tensor) -> tuple[int, int, int, int]:
     """Of B or C in any layout as (b, group, n, l)."""
@@ -77,11 +69,23 @@ def strides(M: Tensor) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _tile(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr, KIND: tl.constexpr):
-    """B or C at the places given, in float32; `channel` is any one of the group where they are not CONSTANT in time."""
-    group = channel if CONSTANT else channel // per_group
-    offset = batch * s_b + group.to(tl.int64) * s_g + n.to(tl.int64) * s_n + t * s_l
-    return tl.load(M + offset, mask, 0.0, eviction_policy=KIND).to(tl.float32)
+def _spread(
+    B, C, into_B, into_C, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, groups_B, groups_C, length, N, padded,
+    T: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """B and C as float32 [batch, group, padded length, NP], contiguous, zero beyond what there is."""
+    t = (tl.program_id(0) * T + tl.arange(0, T)[:, None]).to(tl.int64)
+    n = tl.arange(0, NP)[None, :].to(tl.int64)
+    inside = (t < length) & (n < N)
+    b, g = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if into_B is not None:
+        if g < groups_B:
+            x = tl.load(B + b * B_b + g * B_g + n * B_n + t * B_l, inside, 0.0).to(tl.float32)
+            tl.store(into_B + ((b * groups_B + g) * padded + t) * NP + n, x, t < padded)
+    if into_C is not None:
+        if g < groups_C:
+            x = tl.load(C + b * C_b + g * C_g + n * C_n + t * C_l, inside, 0.0).to(tl.float32)
+            tl.store(into_C + ((b * groups_C + g) * padded + t) * NP + n, x, t < padded)
 
 
 @triton.jit
@@ -91,145 +95,220 @@ def held_zeros(loaded):
 
 
 @triton.jit
-def _short(
-    u, delta, A, B, C, D, z, delta_bias, h0, out, hT,
-    u_b, u_d, u_l, dt_b, dt_d, dt_l, A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, D_d, z_b, z_d, z_l, bias_d,
-    h_b, h_d, h_n, o_b, o_d, o_l,
-    batch, channels, N, per_unit, blocks, per_B, per_C,
-    L: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, BATCHES: tl.constexpr,
-):  # fmt: skip
-    # Lanes lie along the last axis first, then along the first: a thread holds all of the middle one.
-    unit = tl.program_id(1) // blocks
-    lead = unit * per_unit
-    in_unit = (tl.program_id(1) % blocks) * BD + tl.arange(0, BD)[:, None, None]
-    in_d = in_unit < per_unit
-    d = (lead + in_unit).to(tl.int64)
-    n = tl.arange(0, NI)[None, :, None] * NK + tl.arange(0, NK)[None, None, :]
-    in_n = n < N
-    a = tl.load(A + d * A_d + n.to(tl.int64) * A_n, in_d & in_n, 0.0).to(tl.float32) * LOG2E
-    bias, skip = 0.0, 0.0
-    if delta_bias is not None:
-        bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
-    if D is not None:
-        skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
-    for i in range(BATCHES):
-        b = (tl.program_id(0) * BATCHES + i).to(tl.int64)
-        here = in_d & (b < batch)
-        here_n = in_n & (b < batch)
-        h = held_zeros(a)
-        if h0 is not None:
-            h = tl.load(h0 + b * h_b + d * h_d + n.to(tl.int64) * h_n, here & in_n, 0.0).to(tl.float32)
-        for t in tl.static_range(L):
-            x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
-            dt = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
-            if SOFTPLUS:
-                dt = softplus(dt)
-            in_B = here & in_n if B_CONSTANT else here_n
-            in_C = here & in_n if C_CONSTANT else here_n
-            B_t = _tile(B, b, d if B_CONSTANT else lead, n, t, B_b, B_g, B_n, B_l, per_B, in_B, B_CONSTANT, ONCE)
-            C_t = _tile(C, b, d if C_CONSTANT else lead, n, t, C_b, C_g, C_n, C_l, per_C, in_C, C_CONSTANT, ONCE)
-            if t == 0 and h0 is None:  # a state that is zero needs no decay
-                h = (dt * x) * B_t + h
-            else:
-                h = exp2(dt * a) * h + (dt * x) * B_t
-            y = tl.sum(tl.sum(h * C_t, 1, keep_dims=True), 2, keep_dims=True) + skip * x
-            if z is not None:
-                gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
-                y = y * gate * sigmoid(gate)
-            tl.store(out + b * o_b + d * o_d + t * o_l, y, here)
-        if hT is not None:
-            tl.store(hT + (b * channels + d) * N + n, h, here & in_n)
+def _woven(even, odd, HALF: tl.constexpr):
+    columns = ()
+    for i in tl.static_range(HALF):
+        columns = columns + (even[i], odd[i])  # noqa: RUF005
+    return columns
 
 
 @triton.jit
-def compose(a, b, a_next, b_next):
-    """h -> a h + b, then h -> a_next h + b_next."""
-    return a * a_next, a_next * b + b_next
+def _split(x, K: tl.constexpr):
+    """[BD, K] as its K columns [BD, 1, 1]."""
+    if K == 1:
+        return (x.reshape(x.shape[0], 1, 1),)
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0], K // 2, 2))
+        return _woven(_split(even, K // 2), _split(odd, K // 2), K // 2)
 
 
 @triton.jit
-def _long(
-    u, delta, A, B, C, D, z, delta_bias, h0, out, hT, carry, offsets,
-    u_b, u_d, u_l, dt_b, dt_d, dt_l, A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, D_d, z_b, z_d, z_l, bias_d,
+def _every_other(columns, first: tl.constexpr, HALF: tl.constexpr):
+    found = ()
+    for i in tl.static_range(HALF):
+        found = found + (columns[2 * i + first],)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _joined(columns, K: tl.constexpr):
+    """K columns [BD] as [BD, K]."""
+    if K == 1:
+        return columns[0].reshape(columns[0].shape[0], 1)
+    else:
+        even = _joined(_every_other(columns, 0, K // 2), K // 2)
+        odd = _joined(_every_other(columns, 1, K // 2), K // 2)
+        return tl.join(even, odd).reshape(even.shape[0], K)
+
+
+@triton.jit
+def _times(M, batch, row_d, t, s_b, s_d, s_l, mask):
+    """[BD, K] of u, delta or z, as it lies in memory."""
+    return tl.load(M + batch * s_b + row_d * s_d + t.to(tl.int64) * s_l, mask, 0.0)
+
+
+@triton.jit
+def _walk(
+    u, delta, A, B, C, D, z, delta_bias, h0, out, hT, carry, spans, offsets,
+    u_b, u_d, u_l, dt_b, dt_d, dt_l, A_d, A_n, B_d, B_n, C_d, C_n, D_d, z_b, z_d, z_l, bias_d,
     h_b, h_d, h_n, o_b, o_d, o_l,
-    length, channels, N, per_unit, blocks, per_B, per_C, chunks_each,
-    SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, KEEP: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr,
+    batch, length, padded, channels, N, per_unit, blocks, per_B, per_C, groups_B, groups_C, segment, rows_each,
+    SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
+    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, BATCHES: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(1).to(tl.int64)
-    b, begin = s, 0
-    row = s * chunks_each if KEEP else s  # of `carry`, for the first chunk
-    if offsets is not None:
-        b = tl.zeros([], tl.int64)
-        begin = tl.load(offsets + s)
-        length = (tl.load(offsets + s + 1) - begin).to(tl.int32)
-        row = begin // CHUNK + s if KEEP else s
+    # Lanes lie along the last axis first, then along the channels: a thread holds all of the middle one.
+    NP: tl.constexpr = NI * NK
     lead = (tl.program_id(0) // blocks) * per_unit
-    in_unit = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)[:, None]
-    in_d = in_unit < per_unit
-    d = (lead + in_unit).to(tl.int64)  # [BD, 1]
+    in_unit = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    in_d = (in_unit < per_unit)[:, None, None]
+    d = (lead + in_unit).to(tl.int64)[:, None, None]
+    in_row = (in_unit < per_unit)[:, None]
+    row_d = (lead + in_unit).to(tl.int64)[:, None]
+    n = tl.arange(0, NI)[None, :, None] * NK + tl.arange(0, NK)[None, None, :]
+    in_dn = in_d & (n < N)
+    a = tl.load(A + d * A_d + n.to(tl.int64) * A_n, in_dn, 0.0).to(tl.float32) * LOG2E
+    if B_CONSTANT:
+        B_t = tl.load(B + d * B_d + n.to(tl.int64) * B_n, in_dn, 0.0).to(tl.float32)
+    if C_CONSTANT:
+        C_t = tl.load(C + d * C_d + n.to(tl.int64) * C_n, in_dn, 0.0).to(tl.float32)
     bias, skip = 0.0, 0.0
     if delta_bias is not None:
         bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
     if D is not None:
         skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
-    steps = tl.arange(0, T)[None, :]
-    chunks = tl.cdiv(length, T)
-    for c in range(chunks):
-        in_t = c * T + steps < length
-        t = (begin + c * T + steps).to(tl.int64)
-        here = in_d & in_t
-        x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
-        dt = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
-        if SOFTPLUS:
-            dt = softplus(dt)
-        dt = tl.where(here, dt, 0.0)  # steps past the end keep the state
-        dx = dt * x
-        y = tl.zeros([BD, T], tl.float32)
-        for n in range(N):
-            a = tl.load(A + d * A_d + n * A_n, in_d, 0.0).to(tl.float32) * LOG2E  # [BD, 1]
-            h_in = tl.zeros([BD, 1], tl.float32)
-            if c > 0:
-                h_in = tl.load(carry + ((row + (c if KEEP else 0)) * channels + d) * N + n, in_d, 0.0)
-            elif h0 is not None:
-                h_in = tl.load(h0 + s * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
-            n_B = n + tl.zeros([1, 1], tl.int32)
-            B_t = _tile(B, b, d if B_CONSTANT else lead, n_B, t, B_b, B_g, B_n, B_l, per_B,
-                        here if B_CONSTANT else in_t, B_CONSTANT, ONCE)  # fmt: skip
-            C_t = _tile(C, b, d if C_CONSTANT else lead, n_B, t, C_b, C_g, C_n, C_l, per_C,
-                        here if C_CONSTANT else in_t, C_CONSTANT, ONCE)  # fmt: skip
-            decay = exp2(dt * a)
-            step = dx * B_t
-            step = tl.where(steps == 0, decay * h_in + step, step)
-            _, h = tl.associative_scan((decay, step), 1, compose)
-            y += h * C_t
-            last = tl.sum(tl.where(steps == T - 1, h, 0.0), 1, keep_dims=True)
-            if c + 1 < chunks:
-                tl.store(carry + ((row + (c + 1 if KEEP else 0)) * channels + d) * N + n, last, in_d)
-            elif hT is not None:
-                tl.store(hT + (s * channels + d) * N + n, last, in_d)
-        y += skip * x
-        if z is not None:
-            gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
-            y = y * gate * sigmoid(gate)
-        tl.store(out + b * o_b + d * o_d + t * o_l, y, here)
-        tl.debug_barrier()  # the next chunk reads what this one wrote into `carry`
+    k = tl.arange(0, K)[None, :]
+    part = tl.program_id(2)
+    for i in range(BATCHES):
+        s = tl.program_id(1).to(tl.int64) * BATCHES + i
+        there = s < batch
+        s = tl.minimum(s, batch - 1)
+        b, begin, end = s, 0, length
+        if offsets is not None:
+            b = s * 0
+            begin = tl.load(offsets + s).to(tl.int32)
+            end = tl.load(offsets + s + 1).to(tl.int32)
+        first = begin + part * segment
+        last = tl.minimum(first + segment, end)
+        row = s * rows_each  # of `carry`, for the state that enters this segment
+        if offsets is not None and KEEP:
+            row = begin // CHUNK + s
+        row += part * (segment // CHUNK) if KEEP else part
+        h = held_zeros(a)
+        if OUT:
+            if h0 is not None:
+                h = tl.load(h0 + s * h_b + d * h_d + n.to(tl.int64) * h_n, in_dn & there, 0.0).to(tl.float32)
+            if carry is not None:
+                if part > 0:
+                    h = tl.load(carry + (row * channels + d) * N + n, in_dn, 0.0)
+        total = tl.zeros([BD, 1, 1], tl.float32)
+        if not B_CONSTANT:
+            of_B = B + ((b * groups_B + lead // per_B) * padded * NP + n)
+        if not C_CONSTANT:
+            of_C = C + ((b * groups_C + lead // per_C) * padded * NP + n)
+        ahead = in_row & there & (first + k < last)
+        x_block = _times(u, b, row_d, first + k, u_b, u_d, u_l, ahead)
+        dt_block = _times(delta, b, row_d, first + k, dt_b, dt_d, dt_l, ahead)
+        z_block = x_block
+        if OUT and z is not None:
+            z_block = _times(z, b, row_d, first + k, z_b, z_d, z_l, ahead)
+        for t0 in range(first, last, K):
+            xs = _split(x_block.to(tl.float32), K)
+            dts = _split(dt_block.to(tl.float32), K)
+            gates = _split(z_block.to(tl.float32), K)
+            if not ONE_BLOCK:  # what comes next is on its way while this is computed
+                t = t0 + K + k
+                ahead = in_row & there & (t < last)
+                x_block = _times(u, b, row_d, t, u_b, u_d, u_l, ahead)
+                dt_block = _times(delta, b, row_d, t, dt_b, dt_d, dt_l, ahead)
+                z_block = x_block
+                if OUT and z is not None:
+                    z_block = _times(z, b, row_d, t, z_b, z_d, z_l, ahead)
+            ys = ()
+            for j in tl.static_range(STEPS):
+                t = tl.zeros([], tl.int64) + (t0 + j)
+                inside = t < last
+                dt = dts[j] + bias
+                if SOFTPLUS:
+                    dt = softplus(dt)
+                dt = tl.where(inside, dt, 0.0)  # past the end the state stays
+                if not B_CONSTANT:
+                    B_t = tl.load(of_B + t * NP) if offsets is None else tl.load(of_B + t * NP, inside, 0.0)
+                if ONE_BLOCK and j == 0 and h0 is None:  # a state that is zero needs no decay
+                    h = (dt * xs[j]) * B_t + h
+                else:
+                    h = exp2(dt * a) * h + (dt * xs[j]) * B_t
+                if OUT:
+                    if not C_CONSTANT:
+                        C_t = tl.load(of_C + t * NP) if offsets is None else tl.load(of_C + t * NP, inside, 0.0)
+                    y = tl.sum(tl.sum(h * C_t, 1, keep_dims=True), 2, keep_dims=True) + skip * xs[j]
+                    if z is not None:
+                        y = y * gates[j] * sigmoid(gates[j])
+                    ys = ys + (y.reshape(BD),)  # noqa: RUF005
+                else:
+                    total += dt
+            if OUT:
+                for _ in tl.static_range(K - STEPS):
+                    ys = ys + (ys[0],)  # noqa: RUF005
+                t = t0 + k
+                into = out + b * o_b + row_d * o_d + t.to(tl.int64) * o_l
+                tl.store(into, _joined(ys, K), in_row & there & (t < last))
+                if KEEP:
+                    done = tl.zeros([], tl.int32) + (t0 + K - begin)
+                    if (done % CHUNK == 0) & (t0 + K < last):
+                        at = row + (done - (first - begin)) // CHUNK
+                        tl.store(carry + (at * channels + d) * N + n, h, in_dn)
+        if OUT:
+            if hT is not None:
+                if last == end:
+                    tl.store(hT + (s * channels + d) * N + n, h, in_dn & there)
+        elif last < end:
+            row += segment // CHUNK if KEEP else 1
+            tl.store(carry + (row * channels + d) * N + n, h, in_dn)
+            tl.store(spans + (s * tl.num_programs(2) + part) * channels + d, total, in_d)
+
+
+@triton.jit
+def _compose(
+    A, h0, carry, spans, A_d, A_n, h_b, h_d, h_n, channels, N, parts, rows_each, rows_part, BLOCK: tl.constexpr
+):
+    """What every segment makes of a zero state into the state that enters the next one, in place."""
+    s = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < channels * N
+    d, n = (place // N).to(tl.int64), (place % N).to(tl.int64)
+    a = tl.load(A + d * A_d + n * A_n, inside, 0.0).to(tl.float32) * LOG2E
+    h = tl.zeros([BLOCK], tl.float32)
+    if h0 is not None:
+        h = tl.load(h0 + s * h_b + d * h_d + n * h_n, inside, 0.0).to(tl.float32)
+    for part in range(parts - 1):
+        at = carry + (s * rows_each + (part + 1) * rows_part) * channels * N + place
+        h = exp2(tl.load(spans + (s * parts + part) * channels + d, inside, 0.0) * a) * h + tl.load(at, inside, 0.0)
+        tl.store(at, h, inside)
 
 
 def optional(x: Tensor | None, rank: int) -> tuple[int, ...]:
     return x.stride() if x is not None else (0,) * rank
 
 
-def is_short(shape: Shape, packed: Packed | None) -> bool:
-    return packed is None and shape.length <= SHORT and shape.state <= WIDEST
-
-
 def carried(batch: Any, length: Any, sequences: Any) -> Any:
-    """Rows of `carry` [rows, D, N] in which the long regime leaves the state before every chunk; None: not packed."""
+    """Rows of `carry` [rows, D, N], the states before every chunk; `sequences` is None where they are not packed."""
     if sequences is None:
         return batch * ((length + CHUNK.value - 1) // CHUNK.value)
     return length // CHUNK.value + sequences
+
+
+class Tile(NamedTuple):
+    """Channels, state dimensions a thread and along lanes, and warps of a program."""
+
+    BD: int
+    NI: int
+    NK: int
+    warps: int
+
+    @classmethod
+    def of(cls, shape: Shape) -> Tile:
+        """Four states next to each other are a lane's, and up to 16 and more a thread's."""
+        padded = triton.next_power_of_2(shape.state)
+        NK = max(1, min(32, padded // 4)) if padded > 16 else min(4, padded)
+        lanes = 32 // max(1, NK // 4)  # along the channels
+        # More threads than states: else the compiler takes their loads to be dear, and moves them about in memory.
+        warps = 1 if padded < 32 else min(32, max(4, padded // 16))
+        return cls(lanes * warps * (2 if 64 <= padded < 256 else 1), padded // NK, NK, warps)
+
+    @property
+    def padded(self) -> int:
+        return self.NI * self.NK
 
 
 def ssm_scan(
@@ -246,33 +325,67 @@ def ssm_scan(
         return
     if shape.length == 0 or shape.state == 0:
         return _trivial(shape, u, D, z, initial_state, out, final_state)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, out, final_state)
-    steps = (
-        *u.stride(), *delta.stride(), *A.stride(), *strides(B), *strides(C), *optional(D, 1), *optional(z, 3),
-        *optional(delta_bias, 1), *optional(initial_state, 3), *out.stride(),
-    )  # fmt: skip
-    flags: dict[str, Any] = {"SOFTPLUS": delta_softplus, "B_CONSTANT": B.ndim == 2, "C_CONSTANT": C.ndim == 2}
-    if is_short(shape, packed):
-        BD, NI, NK, BATCHES, warps = short_tile(shape)
-        blocks = triton.cdiv(shape.per_unit, BD)
-        grid = (triton.cdiv(shape.batch, BATCHES), shape.units * blocks)
-        sizes = (shape.batch, shape.channels, shape.state, shape.per_unit, blocks, *shape.per_group)
-        _short[grid](
-            *inputs, *steps, *sizes, L=shape.length, BD=BD, NI=NI, NK=NK, BATCHES=BATCHES, num_warps=warps, **flags
-        )
-        return
-    T = shape.chunk
-    BD, warps = long_tile(shape, T)
-    blocks = triton.cdiv(shape.per_unit, BD)
+    tile = Tile.of(shape)
+    K = min(SHORT, max(2, triton.next_power_of_2(shape.longest)))
+    padded = triton.cdiv(shape.length, K) * K
+    spread = [_room(M, shape, padded, tile.padded) for M in (B, C)]
+    if any(M is not None for M in spread):
+        T = min(64, triton.next_power_of_2(padded))
+        groups = (shape.groups_B, shape.groups_C)
+        grid = (triton.cdiv(padded, T), shape.batch, max(groups))
+        sizes = (shape.length, shape.state, padded)
+        _spread[grid](B, C, *spread, *strides(B), *strides(C), *groups, *sizes, T=T, NP=tile.padded, num_warps=4)
+    blocks = triton.cdiv(shape.per_unit, tile.BD)
+    programs = shape.units * blocks * shape.sequences
+    one_block = packed is None and shape.length <= K
+    batches = min(4, max(1, programs // 4096)) if one_block else 1
+    segment, parts = _segments(shape, packed, programs * tile.warps)
     keep = carry is not None
-    if carry is None:
-        carry = u.new_empty((shape.sequences, shape.channels, shape.state), dtype=torch.float32)
-    sizes = (shape.length, shape.channels, shape.state, shape.per_unit, blocks, *shape.per_group)
-    offsets = None if packed is None else packed.offsets
-    _long[(shape.units * blocks, shape.sequences)](
-        *inputs, carry, offsets, *steps, *sizes, triton.cdiv(shape.length, T), KEEP=keep, BD=BD, T=T, num_warps=warps,
-        **flags,
-    )  # fmt: skip
+    rows_each = triton.cdiv(shape.length, CHUNK.value) if keep else parts
+    rows_part = segment // CHUNK.value if keep else 1
+    spans = None
+    if parts > 1:
+        spans = u.new_empty((shape.sequences, parts, shape.channels), dtype=torch.float32)
+        if carry is None:
+            carry = u.new_empty((shape.sequences * parts, shape.channels, shape.state), dtype=torch.float32)
+
+    def walk(OUT: bool) -> None:
+        grid = (shape.units * blocks, triton.cdiv(shape.sequences, batches), parts)
+        _walk[grid](
+            u, delta, A, B if spread[0] is None else spread[0], C if spread[1] is None else spread[1], D, z, delta_bias,
+            initial_state, out, final_state, carry, spans, None if packed is None else packed.offsets,
+            *u.stride(), *delta.stride(), *A.stride(), *strides(B)[1:3], *strides(C)[1:3], *optional(D, 1),
+            *optional(z, 3), *optional(delta_bias, 1), *optional(initial_state, 3), *out.stride(),
+            shape.sequences, shape.length, padded, shape.channels, shape.state, shape.per_unit, blocks,
+            *shape.per_group, shape.groups_B, shape.groups_C, segment, rows_each,
+            SOFTPLUS=delta_softplus, B_CONSTANT=B.ndim == 2, C_CONSTANT=C.ndim == 2, OUT=OUT, KEEP=keep,
+            BD=tile.BD, NI=tile.NI, NK=tile.NK, K=K, STEPS=shape.length if one_block else K, BATCHES=batches,
+            ONE_BLOCK=one_block, num_warps=tile.warps,
+        )  # fmt: skip
+
+    if parts > 1:
+        walk(OUT=False)
+        _compose[(triton.cdiv(shape.channels * shape.state, 256), shape.sequences)](
+            A, initial_state, carry, spans, *A.stride(), *optional(initial_state, 3), shape.channels, shape.state,
+            parts, rows_each, rows_part, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    walk(OUT=True)
+
+
+def _room(M: Tensor, shape: Shape, padded: int, width: int) -> Tensor | None:
+    """Where B or C go in float32, if they vary in time."""
+    if M.ndim == 2:
+        return None
+    groups = M.shape[1] if M.ndim == 4 else 1
+    return M.new_empty((shape.batch, groups, padded, width), dtype=torch.float32)
+
+
+def _segments(shape: Shape, packed: Packed | None, warps: int) -> tuple[int, int]:
+    """Steps of a segment, a number of chunks, and how many there are."""
+    chunks = triton.cdiv(max(shape.longest, 1), CHUNK.value)
+    parts = 1 if packed is not None or warps >= WARPS // 4 else min(chunks, triton.cdiv(WARPS, warps))
+    each = triton.cdiv(chunks, parts)
+    return each * CHUNK.value, triton.cdiv(chunks, each)
 
 
 def _trivial(shape, u, D, z, initial_state, out, final_state) -> None:
@@ -282,21 +395,3 @@ def _trivial(shape, u, D, z, initial_state, out, final_state) -> None:
     if shape.length:
         y = torch.zeros_like(u, dtype=torch.float32) if D is None else u.float() * D.float()[:, None]
         out.copy_(y if z is None else y * torch.nn.functional.silu(z.float()))
-
-
-def short_tile(shape: Shape, most: int = 64) -> tuple[int, int, int, int, int]:
-    """Channels, state dimensions a thread and along lanes, batch entries in turn, warps."""
-    NK = min(32, triton.next_power_of_2(shape.state))
-    NI = triton.next_power_of_2(triton.cdiv(shape.state, NK))
-    warps = 8 if NI > 1 else 4
-    lanes = max(1, 32 // max(1, NK // 4))  # along the channels
-    each = max(1, 8 // NI) if most > 32 else 1  # channels a thread
-    BD = min(most, lanes * warps * each, max(1, triton.next_power_of_2(shape.per_unit)))
-    programs = shape.batch * shape.units * triton.cdiv(shape.per_unit, BD)
-    return BD, NI, NK, 4 if programs >= 8192 else 1, warps
-
-
-def long_tile(shape: Shape, T: int) -> tuple[int, int]:
-    """Channels and warps."""
-    BD = max(1, min(1024 // T, triton.next_power_of_2(shape.per_unit)))
-    return BD, max(1, min(4, BD * T // 256))

@@ -1,4 +1,8 @@
-"""The selective scan backward, in the two regimes of the forward.
+"""The selective scan backward, in two regimes.
+
+short: a program holds channels × state in registers and walks time, unrolled, for several batch entries in turn.
+long: a program walks a sequence in chunks of time, the last one first; inside a chunk, for one state dimension after
+the other, both recurrences are associative scans over time (Blelloch, "Prefix Sums and Their Applications", 1990).
 
 With g_t the gradient of y_t and ḣ_t that of h_t, from the last step to the first:
 
@@ -21,12 +25,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import CHUNK, ONCE, Packed, Shape, _tile, compose, held_zeros, is_short, optional, short_tile, strides
+from .ssm_scan import CHUNK, SHORT, Packed, Shape, held_zeros, optional, strides
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Of loads that come a second time: otherwise the compiler keeps what the first gave, and all that was computed from it,
 # in registers that are not there.
 AGAIN: tl.constexpr = tl.constexpr("evict_last")
+ONCE: tl.constexpr = tl.constexpr("")
+WIDEST = 512  # state dimensions that the short regime holds in registers
+
+
+@triton.jit
+def _tile(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr, KIND: tl.constexpr):
+    """B or C at the places given, in float32; `channel` is any one of the group where they are not CONSTANT in time."""
+    group = channel if CONSTANT else channel // per_group
+    offset = batch * s_b + group.to(tl.int64) * s_g + n.to(tl.int64) * s_n + t * s_l
+    return tl.load(M + offset, mask, 0.0, eviction_policy=KIND).to(tl.float32)
+
+
+@triton.jit
+def compose(a, b, a_next, b_next):
+    """h -> a h + b, then h -> a_next h + b_next."""
+    return a * a_next, a_next * b + b_next
 
 
 @triton.jit
@@ -312,7 +332,7 @@ def ssm_scan_bwd(
         batches = max(1, min(16, shape.batch * shape.units * blocks // 1024))
         parts = triton.cdiv(shape.batch, batches)
     else:
-        T = shape.chunk
+        T = chunk(shape)
         BD, warps = long_tile_bwd(shape, T)
         blocks, parts = triton.cdiv(shape.per_unit, BD), shape.sequences
     sums = _Sums(shape, parts, shape.units * blocks, short, u)
@@ -361,6 +381,27 @@ def long_tile_bwd(shape: Shape, T: int) -> tuple[int, int]:
     """Channels and warps: of more channels the sums of dB and dC are fewer."""
     BD = max(1, min(2048 // T, triton.next_power_of_2(shape.per_unit)))
     return BD, max(1, min(8, BD * T // 256))
+
+
+def is_short(shape: Shape, packed: Packed | None) -> bool:
+    return packed is None and shape.length <= SHORT and shape.state <= WIDEST
+
+
+def chunk(shape: Shape) -> int:
+    """Steps of a chunk of the long regime. Fewer than `CHUNK` where one chunk holds every sequence."""
+    return min(CHUNK.value, max(16, triton.next_power_of_2(max(shape.longest, 1))))
+
+
+def short_tile(shape: Shape, most: int = 64) -> tuple[int, int, int, int, int]:
+    """Channels, state dimensions a thread and along lanes, batch entries in turn, warps."""
+    NK = min(32, triton.next_power_of_2(shape.state))
+    NI = triton.next_power_of_2(triton.cdiv(shape.state, NK))
+    warps = 8 if NI > 1 else 4
+    lanes = max(1, 32 // max(1, NK // 4))  # along the channels
+    each = max(1, 8 // NI) if most > 32 else 1  # channels a thread
+    BD = min(most, lanes * warps * each, max(1, triton.next_power_of_2(shape.per_unit)))
+    programs = shape.batch * shape.units * triton.cdiv(shape.per_unit, BD)
+    return BD, NI, NK, 4 if programs >= 8192 else 1, warps
 
 
 class _Sums:
