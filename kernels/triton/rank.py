@@ -18,7 +18,7 @@ WORST: tl.constexpr = tl.constexpr(-2147483648)  # as `ordered` gives it: below 
 
 @triton.jit
 def ordered(score):
-    """int32 that compare as the floats do; NaN is the greatest, and -0 is 0."""
+    """int32 that compare as the floats do, -0 being 0."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -69,29 +69,29 @@ def _scores(
 
 
 @triton.jit
+def _ties(mine, numbers, their, others):
+    """How many of `others` have the same score and a lower number."""
+    same = (their[None, :] == mine[:, None]) & (others[None, :] < numbers[:, None])
+    return tl.sum(same.to(tl.int32), axis=1)
+
+
+@triton.jit
 def _best_tiles(best, chosen, k, TILES: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    ours = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    ours = first + tl.arange(0, BLOCK)
     mine = tl.load(best + ours, mask=ours < TILES, other=WORST)
-    rank = tl.zeros([BLOCK], tl.int32)
+    rank = _ties(mine, ours, mine, ours)
     for at in range(0, TILES, OTHERS):
         others = at + tl.arange(0, OTHERS)
-        there = others < TILES
-        their = tl.load(best + others, mask=there, other=WORST)
-        better = their[None, :] > mine[:, None]
-        equal = (their[None, :] == mine[:, None]) & (others[None, :] < ours[:, None])
-        rank += tl.sum(((better | equal) & there[None, :]).to(tl.int32), axis=1)
+        their = tl.load(best + others, mask=others < TILES, other=WORST)
+        their += (others < first).to(tl.int32)  # of equal ones the lower is better; within our own see above
+        rank += tl.sum((their[None, :] > mine[:, None]).to(tl.int32), axis=1)
     tl.store(chosen + rank, ours, mask=(ours < TILES) & (rank < k))
 
 
 @triton.jit
-def _candidates(scores, chosen, count, at, total, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows and scores of candidates at to at + BLOCK - 1, as numbers that compare; those beyond the last are WORST."""
-    which = at + tl.arange(0, BLOCK)
-    tile = tl.load(chosen + which // TILE, mask=which < total, other=0)
-    rows = tile * TILE + which % TILE
-    there = (which < total) & (rows < count)
-    score = tl.load(scores + rows, mask=there, other=0.0)
-    return rows, score, tl.where(there, ordered(score), WORST), there
+def _score(scores, rows, there):
+    return tl.where(there, ordered(tl.load(scores + rows, mask=there, other=0.0)), WORST)
 
 
 @triton.jit
@@ -102,20 +102,28 @@ def _best_rows(
     found,
     count,
     k,
-    TOTAL: tl.constexpr,
+    CHOSEN: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    rows, score, mine, there = _candidates(scores, chosen, count, tl.program_id(0) * BLOCK, TOTAL, TILE, BLOCK)
-    rank = tl.zeros([BLOCK], tl.int32)
-    for at in range(0, TOTAL, OTHERS):
-        other, _, their, others = _candidates(scores, chosen, count, at, TOTAL, TILE, OTHERS)
-        better = their[None, :] > mine[:, None]
-        equal = (their[None, :] == mine[:, None]) & (other[None, :] < rows[:, None])
-        rank += tl.sum(((better | equal) & others[None, :]).to(tl.int32), axis=1)
+    each: tl.constexpr = TILE // BLOCK
+    tile = tl.load(chosen + tl.program_id(0) // each)
+    rows = tile * TILE + tl.program_id(0) % each * BLOCK + tl.arange(0, BLOCK)
+    there = (rows >= 0) & (rows < count)
+    mine = _score(scores, rows, there)
+    within = tile * TILE + tl.arange(0, TILE)
+    rank = _ties(mine, rows, _score(scores, within, (within >= 0) & (within < count)), within)
+    for at in range(0, CHOSEN, AT_ONCE):
+        slots = at + tl.arange(0, AT_ONCE)
+        tiles = tl.load(chosen + slots, mask=slots < CHOSEN, other=0)
+        others = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        their = _score(scores, others, (slots < CHOSEN)[:, None] & (others >= 0) & (others < count))
+        their += (tiles < tile).to(tl.int32)[:, None]  # as above, by tiles
+        their = tl.reshape(their, [AT_ONCE * TILE], can_reorder=True)
+        rank += tl.sum((their[None, :] > mine[:, None]).to(tl.int32), axis=1)
     tl.store(ids + rank, rows, mask=there & (rank < k))
-    tl.store(found + rank, score, mask=there & (rank < k))
+    tl.store(found + rank, tl.load(scores + rows, mask=there, other=0.0), mask=there & (rank < k))
 
 
 def score_rows(
@@ -156,10 +164,19 @@ def score_rows(
 def best_rows(scores: Tensor, best: Tensor, ids: Tensor, found: Tensor, tile: int) -> None:
     """Fill ids int32 [k] and found float32 [k] with the rows of the k highest scores, best first; k ≤ n."""
     k, tiles = len(ids), len(best)
-    few = min(k, tiles)
+    few, block = min(k, tiles), 16
     chosen = torch.empty(few, dtype=torch.int32, device=scores.device)
-    block, others = 32, 128
-    _best_tiles[(triton.cdiv(tiles, block),)](best, chosen, few, TILES=tiles, BLOCK=block, OTHERS=others, num_warps=4)
-    _best_rows[(triton.cdiv(few * tile, block),)](
-        scores, chosen, ids, found, len(scores), k, TOTAL=few * tile, TILE=tile, BLOCK=block, OTHERS=others, num_warps=4
+    _best_tiles[(triton.cdiv(tiles, block),)](best, chosen, few, TILES=tiles, BLOCK=block, OTHERS=1024, num_warps=4)
+    _best_rows[(few * tile // block,)](
+        scores,
+        chosen,
+        ids,
+        found,
+        len(scores),
+        k,
+        CHOSEN=few,
+        TILE=tile,
+        BLOCK=block,
+        AT_ONCE=max(1, 1024 // tile),
+        num_warps=4,
     )
