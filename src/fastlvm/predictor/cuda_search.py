@@ -12,7 +12,7 @@ from fastlvm.predictor.cuda_layers import product
 
 COUNTED = 8192  # candidates among which ranks are counted; more are sorted
 TILES = 32768  # likewise tiles
-SCORES = 1 << 26  # scores of many queries that are held at a time
+SCORES = 1 << 25  # scores of many queries that are held at a time
 SCALE = 1024.0  # of a query of length 1, so that its smallest parts are normal numbers in float16
 LOW = 0x7FFFFFFF  # rows are below it
 
@@ -72,10 +72,14 @@ class Exact:
         found = []
         for first in range(0, count, each):
             part = self.vectors[first : first + each]
-            every = (product(high, part.t()) + product(low, part.t())) / SCALE
+            every = product(high, part.t())
+            every += product(low, part.t())
+            every /= SCALE
             tiles = -(-len(part) // tile)
-            padded = torch.nn.functional.pad(every, (0, tiles * tile - len(part)), value=-torch.inf)
-            best = _ordered(padded.view(len(queries), tiles, tile).amax(-1))
+            whole = every
+            if tiles * tile > len(part):
+                whole = torch.nn.functional.pad(every, (0, tiles * tile - len(part)), value=-torch.inf)
+            best = _ordered(whole.view(len(queries), tiles, tile).amax(-1))
             found.append(_best(every, best, min(k, len(part)), tile, first))
         keys = found[0] if len(found) == 1 else torch.cat(found, 1).topk(k, dim=1).values
         _unpack(keys, ids, scores)
