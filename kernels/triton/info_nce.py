@@ -284,22 +284,31 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     if a.shape[1] == 0:
         if not add:
             out.zero_()
-    elif a.dtype == torch.float32 or not _widens(a.device.type, a.dtype):
-        a, b = a.float(), b.float()
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return
+    wider = {}
+    if a.dtype != torch.float32:
+        if _widens(a.device.type, a.dtype, add):
+            wider = {"out_dtype": torch.float32}
+        elif add and _widens(a.device.type, a.dtype, False):
+            out.add_(torch.mm(a, b, out_dtype=torch.float32))
+            return
+        else:
+            a, b = a.float(), b.float()
+    if add:
+        torch.addmm(out, a, b, **wider, out=out)
     else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        torch.mm(a, b, **wider, out=out)
 
 
 @functools.cache
-def _widens(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this dtype into float32 there."""
+def _widens(device: str, dtype: torch.dtype, add: bool) -> bool:
+    """Whether torch multiplies matrices of this dtype into float32 there, or adds their product."""
     one, sums = torch.ones((16, 16), dtype=dtype, device=device), torch.zeros((16, 16), device=device)
     try:
-        torch.addmm(sums, one, one, out_dtype=torch.float32, out=sums)
-        torch.mm(one, one, out_dtype=torch.float32, out=sums)
+        if add:
+            torch.addmm(sums, one, one, out_dtype=torch.float32, out=sums)
+        else:
+            torch.mm(one, one, out_dtype=torch.float32, out=sums)
     except (TypeError, RuntimeError):
         return False
     return True
