@@ -95,10 +95,10 @@ def held_zeros(loaded):
 
 
 @triton.jit
-def _woven(even, odd, HALF: tl.constexpr):
+def woven(even, odd, HALF: tl.constexpr):
     columns = ()
     for i in tl.static_range(HALF):
-        columns = columns + (even[i], odd[i])  # noqa: RUF005
+        columns = columns + (even[i], odd[i])
     return columns
 
 
@@ -109,14 +109,14 @@ def _split(x, K: tl.constexpr):
         return (x.reshape(x.shape[0], 1, 1),)
     else:
         even, odd = tl.split(x.reshape(x.shape[0], K // 2, 2))
-        return _woven(_split(even, K // 2), _split(odd, K // 2), K // 2)
+        return woven(_split(even, K // 2), _split(odd, K // 2), K // 2)
 
 
 @triton.jit
-def _every_other(columns, first: tl.constexpr, HALF: tl.constexpr):
+def every_other(columns, first: tl.constexpr, HALF: tl.constexpr):
     found = ()
     for i in tl.static_range(HALF):
-        found = found + (columns[2 * i + first],)  # noqa: RUF005
+        found = found + (columns[2 * i + first],)
     return found
 
 
@@ -126,8 +126,8 @@ def _joined(columns, K: tl.constexpr):
     if K == 1:
         return columns[0].reshape(columns[0].shape[0], 1)
     else:
-        even = _joined(_every_other(columns, 0, K // 2), K // 2)
-        odd = _joined(_every_other(columns, 1, K // 2), K // 2)
+        even = _joined(every_other(columns, 0, K // 2), K // 2)
+        odd = _joined(every_other(columns, 1, K // 2), K // 2)
         return tl.join(even, odd).reshape(even.shape[0], K)
 
 
@@ -234,12 +234,12 @@ def _walk(
                     y = tl.sum(tl.sum(h * C_t, 1, keep_dims=True), 2, keep_dims=True) + skip * xs[j]
                     if z is not None:
                         y = y * gates[j] * sigmoid(gates[j])
-                    ys = ys + (y.reshape(BD),)  # noqa: RUF005
+                    ys = ys + (y.reshape(BD),)
                 else:
                     total += dt
             if OUT:
                 for _ in tl.static_range(K - STEPS):
-                    ys = ys + (ys[0],)  # noqa: RUF005
+                    ys = ys + (ys[0],)
                 t = t0 + k
                 into = out + b * o_b + row_d * o_d + t.to(tl.int64) * o_l
                 tl.store(into, _joined(ys, K), in_row & there & (t < last))

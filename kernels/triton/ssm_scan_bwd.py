@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import CHUNK, SHORT, Packed, Shape, held_zeros, optional, strides
+from .ssm_scan import CHUNK, SHORT, Packed, Shape, every_other, held_zeros, optional, strides, woven
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Of loads that come a second time: otherwise the compiler keeps what the first gave, and all that was computed from it,
@@ -41,12 +41,6 @@ def _tile(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT
     group = channel if CONSTANT else channel // per_group
     offset = batch * s_b + group.to(tl.int64) * s_g + n.to(tl.int64) * s_n + t * s_l
     return tl.load(M + offset, mask, 0.0, eviction_policy=KIND).to(tl.float32)
-
-
-@triton.jit
-def compose(a, b, a_next, b_next):
-    """h -> a h + b, then h -> a_next h + b_next."""
-    return a * a_next, a_next * b + b_next
 
 
 @triton.jit
@@ -168,6 +162,56 @@ def _short_bwd(
 
 
 @triton.jit
+def _columns(x, K: tl.constexpr):
+    """[S, BD, K] as its K columns [S, BD]."""
+    if K == 1:
+        return (x.reshape(x.shape[0], x.shape[1]),)
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], K // 2, 2))
+        return woven(_columns(even, K // 2), _columns(odd, K // 2), K // 2)
+
+
+@triton.jit
+def _tile_of(columns, K: tl.constexpr):
+    """K columns [S, BD] as [S, BD, K]."""
+    if K == 1:
+        return columns[0].reshape(columns[0].shape[0], columns[0].shape[1], 1)
+    else:
+        even = _tile_of(every_other(columns, 0, K // 2), K // 2)
+        odd = _tile_of(every_other(columns, 1, K // 2), K // 2)
+        return tl.join(even, odd).reshape(even.shape[0], even.shape[1], K)
+
+
+@triton.jit
+def _block(M, batch, d, t, s_b, s_d, s_l, mask, K: tl.constexpr, KIND: tl.constexpr):
+    """Columns of u, delta, z or a gradient at channels d [1, BD, 1] and times t [S, 1, K], in float32."""
+    tile = tl.load(M + batch * s_b + d * s_d + t * s_l, mask, 0.0, eviction_policy=KIND)
+    return _columns(tile.to(tl.float32), K)
+
+
+@triton.jit
+def _row(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr, K: tl.constexpr):
+    """Columns of B or C of state n."""
+    group = channel if CONSTANT else channel // per_group
+    tile = tl.load(M + batch * s_b + group * s_g + n * s_n + t * s_l, mask, 0.0)
+    return _columns(tile.to(tl.float32), K)
+
+
+@triton.jit
+def _compose(a, b, a_next, b_next):
+    """h -> a h + b, then h -> a_next h + b_next."""
+    return a * a_next, a_next * b + b_next
+
+
+@triton.jit
+def _put(into, value, mask, again):
+    """Store, or add to what the chunk before this one left."""
+    if again:
+        value += tl.load(into, mask, 0.0)
+    tl.store(into, value, mask)
+
+
+@triton.jit
 def _long_bwd(
     u, delta, A, B, C, D, z, delta_bias, h0, dout, dhT, carry, back, offsets,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
@@ -176,131 +220,194 @@ def _long_bwd(
     du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
     length, total, channels, N, per_unit, blocks, per_B, per_C, chunks_each,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(1).to(tl.int64)
-    b, begin, row = s, 0, s * chunks_each
+    # Lanes lie along the last axis first, K steps a thread, then along S, and warps along the channels.
+    T: tl.constexpr = S * K
+    seq = tl.program_id(1).to(tl.int64)
+    b, begin, row = seq, 0, seq * chunks_each
     if offsets is not None:
-        b = tl.zeros([], tl.int64)
-        begin = tl.load(offsets + s)
-        length = (tl.load(offsets + s + 1) - begin).to(tl.int32)
-        row = begin // CHUNK + s
+        b = seq * 0
+        begin = tl.load(offsets + seq).to(tl.int32)
+        length = tl.load(offsets + seq + 1).to(tl.int32) - begin
+        row = begin // CHUNK + seq
     batch = 1 if offsets is not None else tl.num_programs(1)
     block = tl.program_id(0)
-    lead = (block // blocks) * per_unit
-    in_unit = (block % blocks) * BD + tl.arange(0, BD)[:, None]
-    in_d = in_unit < per_unit
-    d = (lead + in_unit).to(tl.int64)  # [BD, 1]
+    lead = ((block // blocks) * per_unit).to(tl.int64)
+    in_unit = (block % blocks) * BD + tl.arange(0, BD)
+    in_d = (in_unit < per_unit)[None, :]
+    d = (lead + in_unit)[None, :]  # [1, BD]
+    in_d3, d3 = in_d[:, :, None], d[:, :, None]
     bias, skip = 0.0, 0.0
     if delta_bias is not None:
         bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
     if D is not None:
         skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
-    sum_D = tl.zeros([BD, 1], tl.float32)
-    sum_bias = tl.zeros([BD, 1], tl.float32)
-    steps = tl.arange(0, T)[None, :]
+    lane = tl.arange(0, S)[:, None]
+    step3 = (lane * K)[:, :, None] + tl.arange(0, K)[None, None, :]  # [S, 1, K]
+    before = tl.maximum(lane - 1, 0) + tl.zeros([S, BD], tl.int32)
+    after = tl.minimum(lane + 1, S - 1) + tl.zeros([S, BD], tl.int32)
+    sum_D = tl.zeros([S, BD], tl.float32)
+    sum_bias = tl.zeros([S, BD], tl.float32)
     chunks = tl.cdiv(length, T)
-    for k in range(chunks):
-        c = chunks - 1 - k
-        in_t = c * T + steps < length
-        t = (begin + c * T + steps).to(tl.int64)
-        here = in_d & in_t
-        x = tl.load(u + b * u_b + d * u_d + t * u_l, here, 0.0).to(tl.float32)
-        raw = tl.load(delta + b * dt_b + d * dt_d + t * dt_l, here, 0.0).to(tl.float32) + bias
-        after = in_d & (c * T + steps + 1 < length)
-        dt_after = tl.load(delta + b * dt_b + d * dt_d + (t + 1) * dt_l, after, 0.0).to(tl.float32) + bias
-        dt = tl.where(here, softplus(raw) if SOFTPLUS else raw, 0.0)
-        dt_after = tl.where(after, softplus(dt_after) if SOFTPLUS else dt_after, 0.0)
-        g = tl.zeros([BD, T], tl.float32)
+    for k_chunk in range(chunks):
+        c = chunks - 1 - k_chunk
+        start = c * T
+        t3 = (begin + start + step3).to(tl.int64)
+        here3 = in_d3 & (start + step3 < length)
+        xs = _block(u, b, d3, t3, u_b, u_d, u_l, here3, K, ONCE)
+        raws = _block(delta, b, d3, t3, dt_b, dt_d, dt_l, here3, K, ONCE)
+        next_t = start + lane * K + K
+        next_dt = tl.load(
+            delta + b * dt_b + d * dt_d + (begin + next_t).to(tl.int64) * dt_l, in_d & (next_t < length), 0.0
+        )
+        next_dt = next_dt.to(tl.float32) + bias
+        if SOFTPLUS:
+            next_dt = softplus(next_dt)
+        next_dt = tl.where(next_t < length, next_dt, 0.0)
+        dts = ()
+        dxs = ()
+        gs = ()
+        ys = ()
+        through_B = ()
+        through_A = ()
+        all_dt = tl.zeros([S, BD], tl.float32)
         if dout is not None:
-            g = tl.load(dout + b * do_b + d * do_d + t * do_l, here, 0.0).to(tl.float32)
-        through_z = g
+            douts = _block(dout, b, d3, t3, do_b, do_d, do_l, here3, K, ONCE)
         if z is not None:
-            gate = tl.load(z + b * z_b + d * z_d + t * z_l, here, 0.0).to(tl.float32)
-            sig = sigmoid(gate)
-            through_z = g * sig * (1.0 + gate * (1.0 - sig))
-            g = g * gate * sig
-        dx = dt * x
-        y = skip * x
-        through_B = tl.zeros([BD, T], tl.float32)
-        through_A = tl.zeros([BD, T], tl.float32)
+            gates = _block(z, b, d3, t3, z_b, z_d, z_l, here3, K, ONCE)
+        for k in tl.static_range(K):
+            dt = raws[k] + bias
+            if SOFTPLUS:
+                dt = softplus(dt)
+            dt = tl.where(start + lane * K + k < length, dt, 0.0)  # steps past the end keep the state
+            all_dt += dt
+            dts = dts + (dt,)
+            dxs = dxs + (dt * xs[k],)
+            if dout is not None:
+                g = douts[k]
+                if z is not None:
+                    g = g * gates[k] * sigmoid(gates[k])
+                gs = gs + (g,)
+            else:
+                gs = gs + (xs[k] * 0.0,)
+            ys = ys + (skip * xs[k],)
+            through_B = through_B + (tl.zeros([S, BD], tl.float32),)
+            through_A = through_A + (tl.zeros([S, BD], tl.float32),)
+        all_after = all_dt - dts[0] + next_dt
         for n in range(N):
-            place = (s * channels + d) * N + n  # in buffers [B or S, D, N]
-            a = tl.load(A + d * A_d + n * A_n, in_d, 0.0).to(tl.float32) * LOG2E  # [BD, 1]
-            h_in = tl.zeros([BD, 1], tl.float32)
+            place = (seq * channels + d) * N + n  # in buffers [B or S, D, N]
+            a = tl.load(A + d * A_d + n * A_n, in_d, 0.0).to(tl.float32) * LOG2E  # [1, BD]
+            h_in = tl.zeros([1, BD], tl.float32)
             if c > 0:
                 h_in = tl.load(carry + ((row + c) * channels + d) * N + n, in_d, 0.0)
             elif h0 is not None:
-                h_in = tl.load(h0 + s * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
-            dh_after = tl.zeros([BD, 1], tl.float32)
-            if k > 0:
-                dh_after = tl.load(back + place, in_d, 0.0)
+                h_in = tl.load(h0 + seq * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
+            dh_out = tl.zeros([1, BD], tl.float32)
+            if k_chunk > 0:
+                dh_out = tl.load(back + place, in_d, 0.0)
             elif dhT is not None:
-                dh_after = tl.load(dhT + s * dhT_b + d * dhT_d + n * dhT_n, in_d, 0.0).to(tl.float32)
-            n_tile = n + tl.zeros([1, 1], tl.int32)
-            B_t = _tile(B, b, d if B_CONSTANT else lead, n_tile, t, B_b, B_g, B_n, B_l, per_B,
-                        here if B_CONSTANT else in_t, B_CONSTANT, ONCE)  # fmt: skip
-            C_t = _tile(C, b, d if C_CONSTANT else lead, n_tile, t, C_b, C_g, C_n, C_l, per_C,
-                        here if C_CONSTANT else in_t, C_CONSTANT, ONCE)  # fmt: skip
-            decay = exp2(dt * a)
-            step = dx * B_t
-            _, h = tl.associative_scan((decay, tl.where(steps == 0, decay * h_in + step, step)), 1, compose)
-            decay_after = exp2(dt_after * a)
-            own = C_t * g
-            _, dh = tl.associative_scan(
-                (decay_after, tl.where(steps == T - 1, decay_after * dh_after + own, own)), 1, compose, reverse=True
-            )
-            through_B += dh * B_t
-            moved = dh * (h - step)  # ḣ_t a_t h_{t-1}
-            through_A += moved * a
-            if dz is not None:
-                y += h * C_t
-            first = tl.sum(tl.where(steps == 0, dh, 0.0), 1, keep_dims=True)
-            tl.store(back + place, first, in_d)
+                dh_out = tl.load(dhT + seq * dhT_b + d * dhT_d + n * dhT_n, in_d, 0.0).to(tl.float32)
+            Bs = _row(B, b, d3 if B_CONSTANT else lead + d3 * 0, n, t3, B_b, B_g, B_n, B_l, per_B, here3, B_CONSTANT, K)
+            Cs = _row(C, b, d3 if C_CONSTANT else lead + d3 * 0, n, t3, C_b, C_g, C_n, C_l, per_C, here3, C_CONSTANT, K)
+
+            # What the lane makes of a zero state, the states and the gradients that enter the lanes, then all of them.
+            decays = ()
+            end = tl.zeros([S, BD], tl.float32)
+            for k in tl.static_range(K):
+                decay = exp2(dts[k] * a)
+                end = decay * end + dxs[k] * Bs[k]
+                decays = decays + (decay,)
+            first = tl.zeros([S, BD], tl.float32)
+            last_decay = exp2(next_dt * a)
+            for k in tl.static_range(K - 1, -1, -1):
+                first = Cs[k] * gs[k] + (last_decay if k == K - 1 else decays[k + 1]) * first
+            whole = exp2(all_dt * a)
+            end = tl.where(lane == 0, whole * h_in + end, end)
+            _, ends = tl.associative_scan((whole, end), 0, _compose)
+            h = tl.where(lane == 0, h_in, tl.gather(ends, before, 0))
+            whole = exp2(all_after * a)
+            first = tl.where(lane == S - 1, whole * dh_out + first, first)
+            _, firsts = tl.associative_scan((whole, first), 0, _compose, reverse=True)
+            dh = tl.where(lane == S - 1, dh_out, tl.gather(firsts, after, 0))
+            tl.store(back + place + lane * 0, firsts, in_d & (lane == 0))
             if dh0 is not None:
                 if c == 0:
-                    decay_0 = tl.sum(tl.where(steps == 0, decay, 0.0), 1, keep_dims=True)
-                    tl.store(dh0 + place, decay_0 * first, in_d)
+                    tl.store(dh0 + place + lane * 0, decays[0] * firsts, in_d & (lane == 0))
+
+            states = ()
+            for k in tl.static_range(K):
+                h = decays[k] * h + dxs[k] * Bs[k]
+                states = states + (h,)
+            more_y = ()
+            dCs = ()
+            for k in tl.static_range(K):
+                more_y = more_y + (ys[k] + states[k] * Cs[k],)
+                dCs = dCs + (states[k] * gs[k],)
+            ys = more_y
+            sum_A = tl.zeros([S, BD], tl.float32)
+            more_A = ()
+            more_B = ()
+            dBs = ()
+            for j in tl.static_range(K):  # from the last step to the first
+                dh = Cs[K - 1 - j] * gs[K - 1 - j] + (last_decay if j == 0 else decays[K - j]) * dh
+                moved = dh * (states[K - 1 - j] - dxs[K - 1 - j] * Bs[K - 1 - j])
+                sum_A += moved * dts[K - 1 - j]
+                more_A = (through_A[K - 1 - j] + moved * a,) + more_A
+                more_B = (through_B[K - 1 - j] + dh * Bs[K - 1 - j],) + more_B
+                dBs = (dh * dxs[K - 1 - j],) + dBs
+            through_A = more_A
+            through_B = more_B
             if dA is not None:
-                sum_A = tl.sum(moved * dt, 1, keep_dims=True)
-                if k > 0:
-                    sum_A += tl.load(dA + place, in_d, 0.0)
-                tl.store(dA + place, sum_A, in_d)
+                _put(dA + place, tl.sum(sum_A, 0, keep_dims=True), in_d, k_chunk > 0)
+            into = ((block.to(tl.int64) * batch + b) * N + n) * total + t3
             if dB is not None:
+                tile = _tile_of(dBs, K)
                 if B_CONSTANT:
-                    sum_B = tl.sum(dh * dx, 1, keep_dims=True)
-                    if k > 0:
-                        sum_B += tl.load(dB + place, in_d, 0.0)
-                    tl.store(dB + place, sum_B, in_d)
+                    _put(dB + place, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d, k_chunk > 0)
                 else:
-                    into = dB + ((block.to(tl.int64) * batch + b) * N + n) * total + t
-                    tl.store(into, tl.sum(dh * dx, 0, keep_dims=True), in_t)
+                    tl.store(dB + into, tl.sum(tile, 1, keep_dims=True), start + step3 < length)
             if dC is not None:
+                tile = _tile_of(dCs, K)
                 if C_CONSTANT:
-                    sum_C = tl.sum(h * g, 1, keep_dims=True)
-                    if k > 0:
-                        sum_C += tl.load(dC + place, in_d, 0.0)
-                    tl.store(dC + place, sum_C, in_d)
+                    _put(dC + place, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d, k_chunk > 0)
                 else:
-                    into = dC + ((block.to(tl.int64) * batch + b) * N + n) * total + t
-                    tl.store(into, tl.sum(h * g, 0, keep_dims=True), in_t)
+                    tl.store(dC + into, tl.sum(tile, 1, keep_dims=True), start + step3 < length)
+        xs = _block(u, b, d3, t3, u_b, u_d, u_l, here3, K, AGAIN)
+        raws = _block(delta, b, d3, t3, dt_b, dt_d, dt_l, here3, K, AGAIN)
+        if dout is not None:
+            douts = _block(dout, b, d3, t3, do_b, do_d, do_l, here3, K, AGAIN)
+        if z is not None:
+            gates = _block(z, b, d3, t3, z_b, z_d, z_l, here3, K, AGAIN)
+        dus = ()
+        ddts = ()
+        dzs = ()
+        for k in tl.static_range(K):
+            dus = dus + (dts[k] * through_B[k] + skip * gs[k],)
+            ddt = xs[k] * through_B[k] + LN2 * through_A[k]
+            if SOFTPLUS:
+                raw = raws[k] + bias
+                ddt *= tl.where(raw > 20.0, 1.0, sigmoid(raw))
+            ddt = tl.where(start + lane * K + k < length, ddt, 0.0)
+            ddts = ddts + (ddt,)
+            sum_bias += ddt
+            sum_D += gs[k] * xs[k]
+            if z is not None and dout is not None:
+                sig = sigmoid(gates[k])
+                dzs = dzs + (douts[k] * ys[k] * sig * (1.0 + gates[k] * (1.0 - sig)),)
+            else:
+                dzs = dzs + (gs[k],)
         if du is not None:
-            tl.store(du + b * du_b + d * du_d + t * du_l, dt * through_B + skip * g, here)
-        ddt = x * through_B + LN2 * through_A
-        if SOFTPLUS:
-            ddt *= tl.where(raw > 20.0, 1.0, sigmoid(raw))
-        ddt = tl.where(here, ddt, 0.0)
+            tl.store(du + b * du_b + d3 * du_d + t3 * du_l, _tile_of(dus, K), here3)
         if ddelta is not None:
-            tl.store(ddelta + b * ddt_b + d * ddt_d + t * ddt_l, ddt, here)
+            tl.store(ddelta + b * ddt_b + d3 * ddt_d + t3 * ddt_l, _tile_of(ddts, K), here3)
         if dz is not None:
-            tl.store(dz + b * dz_b + d * dz_d + t * dz_l, through_z * y, here)
-        sum_bias += tl.sum(ddt, 1, keep_dims=True)
-        sum_D += tl.sum(g * x, 1, keep_dims=True)
+            tl.store(dz + b * dz_b + d3 * dz_d + t3 * dz_l, _tile_of(dzs, K), here3)
         tl.debug_barrier()  # the next chunk reads what this one wrote
     if dD is not None:
-        tl.store(dD + s * channels + d, sum_D, in_d)
+        tl.store(dD + seq * channels + d, tl.sum(sum_D, 0, keep_dims=True), in_d)
     if dbias is not None:
-        tl.store(dbias + s * channels + d, sum_bias, in_d)
+        tl.store(dbias + seq * channels + d, tl.sum(sum_bias, 0, keep_dims=True), in_d)
 
 
 def ssm_scan_bwd(
@@ -332,8 +439,7 @@ def ssm_scan_bwd(
         batches = max(1, min(16, shape.batch * shape.units * blocks // 1024))
         parts = triton.cdiv(shape.batch, batches)
     else:
-        T = chunk(shape)
-        BD, warps = long_tile_bwd(shape, T)
+        BD, S, K, warps = long_tile(shape)
         blocks, parts = triton.cdiv(shape.per_unit, BD), shape.sequences
     sums = _Sums(shape, parts, shape.units * blocks, short, u)
     into = (du, ddelta, sums.states(dA), sums.matrix(dB, B), sums.matrix(dC, C), sums.channels(dD), dz)
@@ -349,7 +455,7 @@ def ssm_scan_bwd(
         offsets = None if packed is None else packed.offsets
         _long_bwd[(shape.units * blocks, shape.sequences)](
             *inputs, carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
-            triton.cdiv(shape.length, CHUNK.value), BD=BD, T=T, num_warps=warps, **flags,
+            triton.cdiv(shape.length, CHUNK.value), BD=BD, S=S, K=K, num_warps=warps, **flags,
         )  # fmt: skip
     sums.add()
 
@@ -377,19 +483,16 @@ def _trivial_bwd(grad_out, grad_final_state, u, D, z, grads) -> None:
         dD.copy_((g * u.float()).sum((0, 2)))
 
 
-def long_tile_bwd(shape: Shape, T: int) -> tuple[int, int]:
-    """Channels and warps: of more channels the sums of dB and dC are fewer."""
-    BD = max(1, min(2048 // T, triton.next_power_of_2(shape.per_unit)))
-    return BD, max(1, min(8, BD * T // 256))
+def long_tile(shape: Shape) -> tuple[int, int, int, int]:
+    """Channels, lanes, steps a lane, and warps. A chunk is shorter than `CHUNK` where it holds every sequence."""
+    K = 8  # 16-byte loads of 16-bit numbers
+    S = min(CHUNK.value // K, max(2, triton.next_power_of_2(triton.cdiv(shape.longest, K))))
+    BD = min(8 * (CHUNK.value // K // S), triton.next_power_of_2(shape.per_unit))
+    return BD, S, K, max(1, min(4, BD * S // 64))
 
 
 def is_short(shape: Shape, packed: Packed | None) -> bool:
     return packed is None and shape.length <= SHORT and shape.state <= WIDEST
-
-
-def chunk(shape: Shape) -> int:
-    """Steps of a chunk of the long regime. Fewer than `CHUNK` where one chunk holds every sequence."""
-    return min(CHUNK.value, max(16, triton.next_power_of_2(max(shape.longest, 1))))
 
 
 def short_tile(shape: Shape, most: int = 64) -> tuple[int, int, int, int, int]:

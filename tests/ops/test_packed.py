@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastlvm
-from fastlvm import _C
+from fastlvm.ops._extension import _C
 
 from . import oracle
 from .cases import ALL, Conv, Scan, custom_ops

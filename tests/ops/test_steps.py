@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastlvm
-from fastlvm import _C
+from fastlvm.ops._extension import _C
 
 from .oracle import relative_error
 from .steps import BASIC, SSD, SSM, Conv, Ssd, Ssm, advance, as_numpy, copied, truth

@@ -51,5 +51,3 @@ def checked_offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
     if offsets[-1] != length:
         raise ValueError(f"{op}: cu_seqlens ends with {offsets[-1]}; wants the length {length}")
     return offsets
-
-_offsets = checked_offsets

@@ -17,6 +17,7 @@ from fastlvm.ops import _arrays, _plain
 if TYPE_CHECKING:
     from torch import Tensor
 
+INSTALLED = find_spec("triton") is not None  # asked once: a compiler cannot trace the question
 SUFFIX = "_triton"  # of the custom ops, beside those of the cpu backend
 
 
@@ -33,11 +34,16 @@ def supports(*arrays: Any) -> tuple[bool, str]:
     kind = lead.device.type
     if kind != "cuda" and not (kind == "cpu" and interpreted()):
         return False, f"arrays are on {lead.device}, wants a GPU"
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return False, "triton is not installed"
     if any(x is not None and _arrays.dtype_name(x) == "float64" for x in arrays):
         return False, "float64 has no kernel; wants float32, float16 or bfloat16"
-    return True, describe()
+    return True, "kernels in Triton"
+
+
+def yields(*args: Any) -> str:
+    """Why "auto" goes on to the next backend: numpy runs the kernels as a test only."""
+    return "its kernels are interpreted here" if interpreted() else ""
 
 
 def describe() -> str:

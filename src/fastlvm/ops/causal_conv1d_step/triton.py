@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _triton
-from fastlvm.ops._triton import describe
+from fastlvm.ops._triton import describe, yields
 
-__all__ = ["describe", "run", "supports"]
+__all__ = ["describe", "run", "supports", "yields"]
 
 _MOST_HELD = 1024  # the kernel holds all inputs of a channel at once
 

@@ -42,7 +42,9 @@ def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, cu_seqlens, carry, wanted = autograd.split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted, autograd.ALIKE)
     *tensors, initial_state = inputs
-    packed = _packed(tensors[0], cu_seqlens)
+    u = tensors[0]
+    assert u is not None
+    packed = _packed(u, cu_seqlens)
     kernels_bwd.ssm_scan_bwd(
         grad_out, grad_final_state, *tensors, delta_softplus, initial_state, packed, carry, buffers
     )
