@@ -14,7 +14,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def to_device(value):
-    """Tensors, also in dicts, lists and tuples, on `DEVICE`; what lives in main memory by contract (`cu_seqlens`) stays."""
+    """Tensors, also in dicts, lists and tuples, on `DEVICE`, but for `cu_seqlens`, which lives in main memory."""
     if isinstance(value, torch.Tensor):
         return value.to(DEVICE)
     if isinstance(value, dict):
