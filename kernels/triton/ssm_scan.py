@@ -20,7 +20,8 @@ from .math import LOG2E, exp2, sigmoid, softplus
 
 SHORT = 8  # steps of a block of time
 CHUNK: tl.constexpr = tl.constexpr(256)  # steps between the states that are kept, and the least of a segment
-WARPS = 1024  # that keep the device busy
+WARPS = 2048  # that segments of a sequence are to make of fewer than ENOUGH
+ENOUGH = 1024
 
 
 class Packed(NamedTuple):
@@ -145,7 +146,7 @@ def _walk(
     batch, length, padded, channels, N, per_unit, blocks, per_B, per_C, groups_B, groups_C, segment, rows_each,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
     BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, BATCHES: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
     # Lanes lie along the last axis first, then along the channels: a thread holds all of the middle one.
     NP: tl.constexpr = NI * NK
@@ -192,6 +193,9 @@ def _walk(
                 if part > 0:
                     h = tl.load(carry + (row * channels + d) * N + n, in_dn, 0.0)
         total = tl.zeros([BD, 1, 1], tl.float32)
+        nothing = 0.0
+        if TOUCH:
+            nothing = tl.zeros([], tl.float32)
         if not B_CONSTANT:
             of_B = B + ((b * groups_B + lead // per_B) * padded * NP + n)
         if not C_CONSTANT:
@@ -214,11 +218,21 @@ def _walk(
                 z_block = x_block
                 if OUT and z is not None:
                     z_block = _times(z, b, row_d, t, z_b, z_d, z_l, ahead)
+            if TOUCH:  # so that the next rows of B and C are in the first cache when each is read in its turn
+                cell = (t0 + K) * NP + tl.arange(0, K * NP)
+                near = cell < padded * NP
+                touched = tl.zeros([K * NP], tl.float32)
+                if not B_CONSTANT:
+                    touched += tl.load(B + (b * groups_B + lead // per_B) * padded * NP + cell, near, 0.0)
+                if OUT and not C_CONSTANT:
+                    touched += tl.load(C + (b * groups_C + lead // per_C) * padded * NP + cell, near, 0.0)
             ys = ()
             for j in tl.static_range(STEPS):
                 t = tl.zeros([], tl.int64) + (t0 + j)
                 inside = t < last
                 dt = dts[j] + bias
+                if TOUCH:
+                    dt += nothing
                 if SOFTPLUS:
                     dt = softplus(dt)
                 dt = tl.where(inside, dt, 0.0)  # past the end the state stays
@@ -237,6 +251,8 @@ def _walk(
                     ys = ys + (y.reshape(BD),)
                 else:
                     total += dt
+            if TOUCH:  # what is never used is never loaded: zero, whatever came
+                nothing += held_zeros(tl.max(touched, 0))
             if OUT:
                 for _ in tl.static_range(K - STEPS):
                     ys = ys + (ys[0],)
@@ -338,8 +354,10 @@ def ssm_scan(
     blocks = triton.cdiv(shape.per_unit, tile.BD)
     programs = shape.units * blocks * shape.sequences
     one_block = packed is None and shape.length <= K
-    batches = min(4, max(1, programs // 4096)) if one_block else 1
+    batches = min(4, max(1, programs // 1024)) if one_block else 1
     segment, parts = _segments(shape, packed, programs * tile.warps)
+    # Two programs of 8 warps hide more of each other's waiting than one with all the registers.
+    more = {"maxnreg": 128} if tile.warps == 8 and torch.version.hip is None else {}
     keep = carry is not None
     rows_each = triton.cdiv(shape.length, CHUNK.value) if keep else parts
     rows_part = segment // CHUNK.value if keep else 1
@@ -360,7 +378,7 @@ def ssm_scan(
             *shape.per_group, shape.groups_B, shape.groups_C, segment, rows_each,
             SOFTPLUS=delta_softplus, B_CONSTANT=B.ndim == 2, C_CONSTANT=C.ndim == 2, OUT=OUT, KEEP=keep,
             BD=tile.BD, NI=tile.NI, NK=tile.NK, K=K, STEPS=shape.length if one_block else K, BATCHES=batches,
-            ONE_BLOCK=one_block, num_warps=tile.warps,
+            ONE_BLOCK=one_block, TOUCH=tile.warps == 1 and not one_block, num_warps=tile.warps, **more,
         )  # fmt: skip
 
     if parts > 1:
@@ -383,7 +401,7 @@ def _room(M: Tensor, shape: Shape, padded: int, width: int) -> Tensor | None:
 def _segments(shape: Shape, packed: Packed | None, warps: int) -> tuple[int, int]:
     """Steps of a segment, a number of chunks, and how many there are."""
     chunks = triton.cdiv(max(shape.longest, 1), CHUNK.value)
-    parts = 1 if packed is not None or warps >= WARPS // 4 else min(chunks, triton.cdiv(WARPS, warps))
+    parts = 1 if packed is not None or warps >= ENOUGH else min(chunks, triton.cdiv(WARPS, warps))
     each = triton.cdiv(chunks, parts)
     return each * CHUNK.value, triton.cdiv(chunks, each)
 
