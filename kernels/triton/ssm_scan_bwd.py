@@ -25,8 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import CHUNK, Packed, Shape, every_other, optional, strides, woven
+from .ssm_scan import CHUNK, Packed, Shape, carried, every_other, optional, strides, woven
 from .ssm_scan_bwd_short import AGAIN, LN2, ONCE, is_short, short_bwd, short_tile
+
+
+BUSY = 1056  # programs of a warp: two for each scheduler of the device
 
 
 @triton.jit
@@ -58,25 +61,27 @@ def _block(M, batch, d, t, s_b, s_d, s_l, mask, K: tl.constexpr, KIND: tl.conste
 
 
 @triton.jit
-def _row(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr, K: tl.constexpr):
-    """Columns of B or C of state n."""
+def _row(M, batch, channel, n, t, s_b, s_g, s_n, s_l, per_group, mask, CONSTANT: tl.constexpr):
+    """State n of B or C at times t, as it lies in memory."""
     group = channel if CONSTANT else channel // per_group
-    tile = tl.load(M + batch * s_b + group * s_g + n * s_n + t * s_l, mask, 0.0)
-    return _columns(tile.to(tl.float32), K)
+    return tl.load(M + batch * s_b + group * s_g + n * s_n + t * s_l, mask, 0.0)
+
+
+@triton.jit
+def _entering(kept, given, seq, d, n, s_b, s_d, s_n, mask, is_kept):
+    """State n, or its gradient, [1, BD], as another chunk left it or as it was given; zero by default."""
+    x = tl.zeros([1, mask.shape[1]], tl.float32)
+    if is_kept:
+        x = tl.load(kept + n, mask, 0.0)
+    elif given is not None:
+        x = tl.load(given + seq * s_b + d * s_d + n * s_n, mask, 0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
 def _compose(a, b, a_next, b_next):
     """h -> a h + b, then h -> a_next h + b_next."""
     return a * a_next, a_next * b + b_next
-
-
-@triton.jit
-def _put(into, value, mask, again):
-    """Store, or add to what the chunk before this one left."""
-    if again:
-        value += tl.load(into, mask, 0.0)
-    tl.store(into, value, mask)
 
 
 @triton.jit
@@ -88,7 +93,7 @@ def _long_bwd(
     du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
     length, total, channels, N, per_unit, blocks, per_B, per_C, chunks_each,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    BD: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    BD: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     # Lanes lie along the last axis first, K steps a thread, then along S, and warps along the channels.
     T: tl.constexpr = S * K
@@ -102,24 +107,23 @@ def _long_bwd(
     batch = 1 if offsets is not None else tl.num_programs(1)
     block = tl.program_id(0)
     lead = ((block // blocks) * per_unit).to(tl.int64)
-    in_unit = (block % blocks) * BD + tl.arange(0, BD)
-    in_d = (in_unit < per_unit)[None, :]
-    d = (lead + in_unit)[None, :]  # [1, BD]
-    in_d3, d3 = in_d[:, :, None], d[:, :, None]
-    bias, skip = 0.0, 0.0
-    if delta_bias is not None:
-        bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
-    if D is not None:
-        skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
     lane = tl.arange(0, S)[:, None]
     step3 = (lane * K)[:, :, None] + tl.arange(0, K)[None, None, :]  # [S, 1, K]
     before = tl.maximum(lane - 1, 0) + tl.zeros([S, BD], tl.int32)
     after = tl.minimum(lane + 1, S - 1) + tl.zeros([S, BD], tl.int32)
-    sum_D = tl.zeros([S, BD], tl.float32)
-    sum_bias = tl.zeros([S, BD], tl.float32)
     chunks = tl.cdiv(length, T)
-    for k_chunk in range(chunks):
+    for turn in range(TURNS * chunks):  # channels after channels, for each the chunks from the last to the first
+        k_chunk = turn % chunks
         c = chunks - 1 - k_chunk
+        in_unit = ((block % blocks) * TURNS + turn // chunks) * BD + tl.arange(0, BD)
+        in_d = (in_unit < per_unit)[None, :]
+        d = (lead + in_unit)[None, :]  # [1, BD]
+        in_d3, d3 = in_d[:, :, None], d[:, :, None]
+        bias, skip = 0.0, 0.0
+        if delta_bias is not None:
+            bias = tl.load(delta_bias + d * bias_d, in_d, 0.0).to(tl.float32)
+        if D is not None:
+            skip = tl.load(D + d * D_d, in_d, 0.0).to(tl.float32)
         start = c * T
         t3 = (begin + start + step3).to(tl.int64)
         here3 = in_d3 & (start + step3 < length)
@@ -163,21 +167,41 @@ def _long_bwd(
             through_B = through_B + (tl.zeros([S, BD], tl.float32),)
             through_A = through_A + (tl.zeros([S, BD], tl.float32),)
         all_after = all_dt - dts[0] + next_dt
+        at = (seq * channels + d) * N  # in buffers [B or S, D, N]
+        part = ((row + c) * channels + d) * N  # in buffers [rows, D, N], a row for every chunk
+        entering = carry + part
+        # What a state dimension needs is on its way while the one before it is computed.
+        a_next = tl.load(A + d * A_d, in_d, 0.0).to(tl.float32)
+        h_next = _entering(entering, h0, seq, d, 0, h_b, h_d, h_n, in_d, c > 0)
+        dh_next = _entering(back + at, dhT, seq, d, 0, dhT_b, dhT_d, dhT_n, in_d, k_chunk > 0)
+        B_next = _row(B, b, d3 if B_CONSTANT else lead + d3 * 0, 0, t3, B_b, B_g, B_n, B_l, per_B, here3, B_CONSTANT)
+        C_next = _row(C, b, d3 if C_CONSTANT else lead + d3 * 0, 0, t3, C_b, C_g, C_n, C_l, per_C, here3, C_CONSTANT)
         for n in range(N):
-            place = (seq * channels + d) * N + n  # in buffers [B or S, D, N]
-            a = tl.load(A + d * A_d + n * A_n, in_d, 0.0).to(tl.float32) * LOG2E  # [1, BD]
-            h_in = tl.zeros([1, BD], tl.float32)
-            if c > 0:
-                h_in = tl.load(carry + ((row + c) * channels + d) * N + n, in_d, 0.0)
-            elif h0 is not None:
-                h_in = tl.load(h0 + seq * h_b + d * h_d + n * h_n, in_d, 0.0).to(tl.float32)
-            dh_out = tl.zeros([1, BD], tl.float32)
-            if k_chunk > 0:
-                dh_out = tl.load(back + place, in_d, 0.0)
-            elif dhT is not None:
-                dh_out = tl.load(dhT + seq * dhT_b + d * dhT_d + n * dhT_n, in_d, 0.0).to(tl.float32)
-            Bs = _row(B, b, d3 if B_CONSTANT else lead + d3 * 0, n, t3, B_b, B_g, B_n, B_l, per_B, here3, B_CONSTANT, K)
-            Cs = _row(C, b, d3 if C_CONSTANT else lead + d3 * 0, n, t3, C_b, C_g, C_n, C_l, per_C, here3, C_CONSTANT, K)
+            place = at + n
+            a, h_in, dh_out = a_next * LOG2E, h_next, dh_next  # [1, BD]
+            Bs = _columns(B_next.to(tl.float32), K)
+            Cs = _columns(C_next.to(tl.float32), K)
+            m = tl.minimum(n + 1, N - 1)
+            a_next = tl.load(A + d * A_d + m * A_n, in_d, 0.0).to(tl.float32)
+            h_next = _entering(entering, h0, seq, d, m, h_b, h_d, h_n, in_d, c > 0)
+            dh_next = _entering(back + at, dhT, seq, d, m, dhT_b, dhT_d, dhT_n, in_d, k_chunk > 0)
+            B_next = _row(
+                B, b, d3 if B_CONSTANT else lead + d3 * 0, m, t3, B_b, B_g, B_n, B_l, per_B, here3, B_CONSTANT
+            )
+            C_next = _row(
+                C, b, d3 if C_CONSTANT else lead + d3 * 0, m, t3, C_b, C_g, C_n, C_l, per_C, here3, C_CONSTANT
+            )
+
+            into = ((block.to(tl.int64) * batch + b) * N + n) * total + t3
+            added = (start + step3 < length) & (turn >= chunks)  # to what other channels left
+            if TURNS > 1 and dB is not None and not B_CONSTANT:
+                old_dB = tl.load(dB + into, added, 0.0)
+            else:
+                old_dB = 0.0
+            if TURNS > 1 and dC is not None and not C_CONSTANT:
+                old_dC = tl.load(dC + into, added, 0.0)
+            else:
+                old_dC = 0.0
 
             # What the lane makes of a zero state, the states and the gradients that enter the lanes, then all of them.
             decays = ()
@@ -227,26 +251,27 @@ def _long_bwd(
             through_A = more_A
             through_B = more_B
             if dA is not None:
-                _put(dA + place, tl.sum(sum_A, 0, keep_dims=True), in_d, k_chunk > 0)
-            into = ((block.to(tl.int64) * batch + b) * N + n) * total + t3
+                tl.store(dA + part + n, tl.sum(sum_A, 0, keep_dims=True), in_d)
             if dB is not None:
                 tile = _tile_of(dBs, K)
                 if B_CONSTANT:
-                    _put(dB + place, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d, k_chunk > 0)
+                    tl.store(dB + part + n, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d)
                 else:
-                    tl.store(dB + into, tl.sum(tile, 1, keep_dims=True), start + step3 < length)
+                    tl.store(dB + into, old_dB + tl.sum(tile, 1, keep_dims=True), start + step3 < length)
             if dC is not None:
                 tile = _tile_of(dCs, K)
                 if C_CONSTANT:
-                    _put(dC + place, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d, k_chunk > 0)
+                    tl.store(dC + part + n, tl.sum(tl.sum(tile, 2), 0, keep_dims=True), in_d)
                 else:
-                    tl.store(dC + into, tl.sum(tile, 1, keep_dims=True), start + step3 < length)
+                    tl.store(dC + into, old_dC + tl.sum(tile, 1, keep_dims=True), start + step3 < length)
         xs = _block(u, b, d3, t3, u_b, u_d, u_l, here3, K, AGAIN)
         raws = _block(delta, b, d3, t3, dt_b, dt_d, dt_l, here3, K, AGAIN)
         if dout is not None:
             douts = _block(dout, b, d3, t3, do_b, do_d, do_l, here3, K, AGAIN)
         if z is not None:
             gates = _block(z, b, d3, t3, z_b, z_d, z_l, here3, K, AGAIN)
+        sum_D = tl.zeros([S, BD], tl.float32)
+        sum_bias = tl.zeros([S, BD], tl.float32)
         dus = ()
         ddts = ()
         dzs = ()
@@ -271,11 +296,11 @@ def _long_bwd(
             tl.store(ddelta + b * ddt_b + d3 * ddt_d + t3 * ddt_l, _tile_of(ddts, K), here3)
         if dz is not None:
             tl.store(dz + b * dz_b + d3 * dz_d + t3 * dz_l, _tile_of(dzs, K), here3)
-        tl.debug_barrier()  # the next chunk reads what this one wrote
-    if dD is not None:
-        tl.store(dD + seq * channels + d, tl.sum(sum_D, 0, keep_dims=True), in_d)
-    if dbias is not None:
-        tl.store(dbias + seq * channels + d, tl.sum(sum_bias, 0, keep_dims=True), in_d)
+        if dD is not None:
+            tl.store(dD + (row + c) * channels + d, tl.sum(sum_D, 0, keep_dims=True), in_d)
+        if dbias is not None:
+            tl.store(dbias + (row + c) * channels + d, tl.sum(sum_bias, 0, keep_dims=True), in_d)
+        tl.debug_barrier()  # the next turn reads what this one wrote
 
 
 def ssm_scan_bwd(
@@ -306,9 +331,10 @@ def ssm_scan_bwd(
         batches = max(1, min(16, shape.batch * shape.units * blocks // 1024))
         parts = triton.cdiv(shape.batch, batches)
     else:
-        BD, S, K, warps = long_tile(shape)
-        blocks, parts = triton.cdiv(shape.per_unit, BD), shape.sequences
-    sums = _Sums(shape, parts, shape.units * blocks, short, u)
+        BD, S, K, TURNS, warps = long_tile(shape)
+        blocks = triton.cdiv(shape.per_unit, BD * TURNS)
+        parts = carried(shape.batch, shape.length, None if packed is None else shape.sequences)
+    sums = _Sums(shape, parts, shape.units * blocks, short, u, packed is not None)
     into = (du, ddelta, sums.states(dA), sums.matrix(dB, B), sums.matrix(dC, C), sums.channels(dD), dz)
     into = (*into, sums.channels(dbias), dh0)
     sizes = (shape.channels, shape.state, shape.per_unit, blocks, *shape.per_group)
@@ -319,7 +345,7 @@ def ssm_scan_bwd(
         offsets = None if packed is None else packed.offsets
         _long_bwd[(shape.units * blocks, shape.sequences)](
             *inputs, carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
-            triton.cdiv(shape.length, CHUNK.value), BD=BD, S=S, K=K, num_warps=warps, **flags,
+            triton.cdiv(shape.length, CHUNK.value), BD=BD, S=S, K=K, TURNS=TURNS, num_warps=warps, **flags,
         )  # fmt: skip
     sums.add()
 
@@ -347,25 +373,30 @@ def _trivial_bwd(grad_out, grad_final_state, u, D, z, grads) -> None:
         dD.copy_((g * u.float()).sum((0, 2)))
 
 
-def long_tile(shape: Shape) -> tuple[int, int, int, int]:
-    """Channels, lanes, steps a lane, and warps. A chunk is shorter than `CHUNK` where it holds every sequence."""
+def long_tile(shape: Shape) -> tuple[int, int, int, int, int]:
+    """Channels, lanes, steps a lane, turns, and warps. A chunk is shorter than `CHUNK` where it holds every sequence.
+
+    In each turn a program takes other channels and adds to the sums over channels that it has already.
+    """
     K = 8  # 16-byte loads of 16-bit numbers
     S = min(CHUNK.value // K, max(2, triton.next_power_of_2(triton.cdiv(shape.longest, K))))
-    BD = min(8 * (CHUNK.value // K // S), triton.next_power_of_2(shape.per_unit))
-    return BD, S, K, max(1, min(4, BD * S // 64))
+    BD = min(2 * (CHUNK.value // K // S), triton.next_power_of_2(shape.per_unit))
+    programs = shape.sequences * shape.units * triton.cdiv(shape.per_unit, BD)
+    return BD, S, K, max(1, min(8, programs // BUSY)), 1
 
 
 class _Sums:
     """Buffers for what every program adds up for itself, and their sums into the gradients."""
 
-    def __init__(self, shape: Shape, parts: int, blocks: int, by_step: bool, u: Tensor):
+    def __init__(self, shape: Shape, parts: int, blocks: int, by_step: bool, u: Tensor, gaps: bool):
         self.shape, self.parts, self.blocks, self.by_step, self.u = shape, parts, blocks, by_step, u
+        self.gaps = gaps  # not all parts are written
         self.pending: list[tuple[Tensor, Tensor]] = []
 
     def _buffer(self, grad: Tensor | None, *size: int) -> Tensor | None:
         if grad is None:
             return None
-        buffer = self.u.new_empty(size, dtype=torch.float32)
+        buffer = (self.u.new_zeros if self.gaps else self.u.new_empty)(size, dtype=torch.float32)
         self.pending.append((grad, buffer))
         return buffer
 
@@ -373,7 +404,7 @@ class _Sums:
         return self._buffer(grad, self.parts, self.shape.channels, self.shape.state)
 
     def channels(self, grad: Tensor | None) -> Tensor | None:
-        return self._buffer(grad, self.shape.sequences, self.shape.channels)
+        return self._buffer(grad, self.shape.batch if self.by_step else self.parts, self.shape.channels)
 
     def matrix(self, grad: Tensor | None, M: Tensor) -> Tensor | None:
         """For dB or dC: as `states` where M is constant in time, else every block of channels its own [B, L, N]."""
