@@ -22,6 +22,7 @@ SHORT = 8  # steps of a block of time
 CHUNK: tl.constexpr = tl.constexpr(256)  # steps between the states that are kept, and the least of a segment
 WARPS = 2048  # that segments of a sequence are to make of fewer than ENOUGH
 ENOUGH = 1024
+BATCHES = 4  # that a program of short sequences takes in turn, at most
 
 
 class Packed(NamedTuple):
@@ -354,7 +355,7 @@ def ssm_scan(
     blocks = triton.cdiv(shape.per_unit, tile.BD)
     programs = shape.units * blocks * shape.sequences
     one_block = packed is None and shape.length <= K
-    batches = min(4, max(1, programs // 1024)) if one_block else 1
+    batches = min(BATCHES, max(1, programs // 1024)) if one_block else 1
     segment, parts = _segments(shape, packed, programs * tile.warps)
     # Two programs of 8 warps hide more of each other's waiting than one with all the registers.
     more = {"maxnreg": 128} if tile.warps == 8 and torch.version.hip is None else {}

@@ -7,6 +7,7 @@ on the CPU instead, element by element in numpy: slow, and what the tests withou
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -63,6 +64,21 @@ def _device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, with the device of its first tensor as the current one, where Triton launches."""
+
+    def run(*args: Any) -> Any:
+        import torch
+
+        device = next(x for x in args if isinstance(x, torch.Tensor)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(device):
+            return kernel(*args)
+
+    return run
 
 
 def offsets(op: str, cu_seqlens: Tensor, length: int, device: Any) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from fastlvm.ops import _triton
 from fastlvm.ops.causal_conv1d import autograd
 
 
+@_triton.on_device
 def _conv(x, weight, bias, silu, initial_state, cu_seqlens, out, final_state):
     offsets = _offsets(x, cu_seqlens)
     if x.shape[-1] == 0 or (cu_seqlens is not None and bool((cu_seqlens.diff() == 0).any())):
@@ -17,6 +18,7 @@ def _conv(x, weight, bias, silu, initial_state, cu_seqlens, out, final_state):
     kernels.conv(x, weight, bias, silu, initial_state, out, final_state, offsets)
 
 
+@_triton.on_device
 def _conv_bwd(grad_out, grad_final_state, x, weight, bias, silu, initial_state, cu_seqlens, *buffers):
     inputs = (x, weight, bias, silu, initial_state)
     kernels.conv_bwd(grad_out, grad_final_state, *inputs, *buffers, _offsets(x, cu_seqlens))

@@ -7,6 +7,7 @@ from fastlvm.ops import _step, _triton
 from fastlvm.ops.causal_conv1d_step import custom_op
 
 
+@_triton.on_device
 def _kernel(x, state, *rest):
     _step.check_apart("causal_conv1d_step", state)
     kernels.step(x, state, *rest)

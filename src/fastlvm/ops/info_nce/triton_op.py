@@ -9,6 +9,7 @@ from fastlvm.ops import _triton
 from fastlvm.ops.info_nce import autograd
 
 
+@_triton.on_device
 def _loss(queries, keys, temperature, symmetric, mask, query_labels, key_labels, loss, log_sums, *gradients):
     each = loss if loss.ndim else loss.new_empty(queries.shape[0])
     masks = (mask, query_labels, key_labels)
@@ -17,4 +18,4 @@ def _loss(queries, keys, temperature, symmetric, mask, query_labels, key_labels,
         torch.sum(each, dim=0, out=loss)
 
 
-run = autograd.define(f"info_nce{_triton.SUFFIX}", _loss, kernels.backward, both=True, device="default")
+run = autograd.define(f"info_nce{_triton.SUFFIX}", _loss, _triton.on_device(kernels.backward), both=True, device="default")

@@ -15,6 +15,7 @@ from fastlvm.ops.ssd_scan import autograd
 _ALIKE = (0, 1, 3, 4, 6)  # x, dt, B, C and z
 
 
+@_triton.on_device
 def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, return_final_state):
     out, final_state = autograd.empty(x, B, cu_seqlens, return_final_state)
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, _offsets(x, cu_seqlens))
@@ -22,6 +23,7 @@ def _scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens,
     return out, final_state
 
 
+@_triton.on_device
 def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, dt_softplus, cu_seqlens, wanted = autograd.split(args)
     *tensors, initial_state = inputs

@@ -10,6 +10,7 @@ from fastlvm.ops import _direct, _step, _triton
 from fastlvm.ops.ssd_step import custom_op
 
 
+@_triton.on_device
 def _run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices):
     _step.check_apart("ssd_step", state)
     out = custom_op.output(state, x)

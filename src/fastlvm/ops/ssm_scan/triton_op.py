@@ -16,6 +16,7 @@ from fastlvm.ops import _autograd, _direct, _triton
 from fastlvm.ops.ssm_scan import autograd
 
 
+@_triton.on_device
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep):
     out, final_state, carry = _empty(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep
@@ -38,6 +39,7 @@ def _packed(u: Tensor, cu_seqlens: Tensor | None) -> kernels.Packed | None:
     return kernels.Packed(*_triton.offsets("ssm_scan", cu_seqlens, u.shape[2], u.device))
 
 
+@_triton.on_device
 def _scan_bwd(grad_out, grad_final_state, *args):
     inputs, delta_softplus, cu_seqlens, carry, wanted = autograd.split(args)
     buffers = _autograd.gradient_buffers(inputs, wanted, autograd.ALIKE)

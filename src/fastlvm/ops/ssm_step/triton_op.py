@@ -15,6 +15,7 @@ from fastlvm.ops import _direct, _step, _triton
 from fastlvm.ops.ssm_step.custom_op import SCHEMA
 
 
+@_triton.on_device
 def _run(state, x, *args):
     out = _output(state, x)
     kernels.ssm_step(state, x, *args, out)
