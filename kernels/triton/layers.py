@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import early, layers_few
 from .math import COMPILED, exp2, sigmoid, softplus
 
-UNROLLED: tl.constexpr = tl.constexpr(16)  # positions of a context whose scan is a straight line of code
+AT_ONCE: tl.constexpr = tl.constexpr(6)  # positions of a context whose scan is a straight line of code
 UNIT: tl.constexpr = tl.constexpr(1e-3)  # a length this far from 1 is float16 rounding, and kept
 
 
@@ -104,24 +105,16 @@ def _linear(
 
 
 @triton.jit
-def _token(
-    state,
+def _asked(
     row,
     t,
     xz,
     parts,
-    conv_weight,
-    conv_b,
-    dt_matrix,
-    dt_b,
-    A,
-    skip,
     channels,
     there,
     states,
     ranks,
     split_stride,
-    FIRST: tl.constexpr,
     READ: tl.constexpr,
     INNER: tl.constexpr,
     STATES: tl.constexpr,
@@ -129,34 +122,59 @@ def _token(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The state [channels, states] after the token of a row, and what the block's channels put out for it."""
-    u = conv_b
+    """What a token is made of, as it lies in memory: inputs of the convolution, z, and the parts of δ, B and C."""
+    pasts = ()
     for tap in tl.static_range(WIDTH):
         ago = WIDTH - 1 - tap
-        past = tl.load(xz + (row - ago) * (2 * INNER) + channels, mask=there & (t >= ago), other=0.0)
-        u += past * tl.load(conv_weight + channels * WIDTH + tap, mask=there, other=0.0)
-    u *= sigmoid(u)
-    WIDE: tl.constexpr = RANK + 2 * STATES
-    low = tl.zeros_like(ranks).to(tl.float32)
-    B = tl.zeros_like(states).to(tl.float32)
-    C = tl.zeros_like(states).to(tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = parts + split * split_stride + row * WIDE
-        low += tl.load(part + ranks, mask=ranks < RANK, other=0.0)
-        B += tl.load(part + RANK + states, mask=states < STATES, other=0.0)
-        if READ:
-            C += tl.load(part + RANK + STATES + states, mask=states < STATES, other=0.0)
-    delta = softplus(tl.sum(dt_matrix * low[None, :], axis=1) + dt_b)
-    entering = (delta * u)[:, None] * B[None, :]
-    if FIRST:
-        state = entering
-    else:
-        state = exp2(delta[:, None] * A) * state + entering
-    y = u * 0.0
+        pasts += (tl.load(xz + (row - ago) * (2 * INNER) + channels, mask=there & (t >= ago), other=0.0),)
+    z = tl.zeros_like(channels).to(tl.float32)
     if READ:
         z = tl.load(xz + row * (2 * INNER) + INNER + channels, mask=there, other=0.0)
-        y = (tl.sum(state * C[None, :], axis=1) + skip * u) * z * sigmoid(z)
-    return state, y
+    WIDE: tl.constexpr = RANK + 2 * STATES
+    lows = ()
+    Bs = ()
+    Cs = ()
+    for split in tl.static_range(SPLITS):
+        part = parts + split * split_stride + row * WIDE
+        lows += (tl.load(part + ranks, mask=ranks < RANK, other=0.0),)
+        Bs += (tl.load(part + RANK + states, mask=states < STATES, other=0.0),)
+        if READ:
+            Cs += (tl.load(part + RANK + STATES + states, mask=states < STATES, other=0.0),)
+    return pasts, z, lows, Bs, Cs
+
+
+@triton.jit
+def _together(parts):
+    total = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    return total
+
+
+@triton.jit
+def _stepped(pasts, lows, taps, conv_b, dt_matrix, dt_b):
+    """u and δ [channels] of a token."""
+    u = conv_b
+    for tap in tl.static_range(len(taps)):
+        u += pasts[tap] * taps[tap]
+    u *= sigmoid(u)
+    return u, softplus(tl.sum(dt_matrix * _together(lows)[None, :], axis=1) + dt_b)
+
+
+@triton.jit
+def _moved(state, u, delta, B, A, FIRST: tl.constexpr):
+    """The state [channels, states] after a token."""
+    entering = (delta * u)[:, None] * B[None, :]
+    if FIRST:
+        return entering
+    else:
+        return exp2(delta[:, None] * A) * state + entering
+
+
+@triton.jit
+def _read(state, u, z, C, skip):
+    """What a block's channels put out for a token."""
+    return (tl.sum(state * C[None, :], axis=1) + skip * u) * z * sigmoid(z)
 
 
 @triton.jit
@@ -181,8 +199,9 @@ def _scan(
     CHANNELS: tl.constexpr,
     STATES_2: tl.constexpr,
     RANK_2: tl.constexpr,
-    POSITIONS_2: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    early.begin(EARLY)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     window = tl.program_id(1).to(tl.int64)
     states = tl.arange(0, STATES_2)
@@ -199,64 +218,58 @@ def _scan(
         mask=there[:, None] & (states < STATES)[None, :],
         other=0.0,
     ).to(tl.float32)
+    taps = ()
+    for tap in tl.static_range(WIDTH):
+        taps += (tl.load(conv_weight + channels * WIDTH + tap, mask=there, other=0.0),)
+    early.wait(EARLY)
     state = tl.zeros([CHANNELS, STATES_2], tl.float32)
-    if POSITIONS <= UNROLLED:
-        # one store at the end: the loads of a later token need not wait for it
-        found = tl.zeros([POSITIONS_2, CHANNELS], tl.float32)
-        times = tl.arange(0, POSITIONS_2)
+    if POSITIONS <= AT_ONCE:
+        # every load before the first sum, as sums are barriers that no load passes
+        asked = ()
         for t in tl.static_range(POSITIONS):
-            state, y = _token(
-                state,
-                window * POSITIONS + t,
-                t,
-                xz,
-                parts,
-                conv_weight,
-                conv_b,
-                dt_matrix,
-                dt_b,
-                A,
-                skip,
-                channels,
-                there,
-                states,
-                ranks,
-                split_stride,
-                FIRST=t == 0,
-                READ=not LAST or t == POSITIONS - 1,
-                INNER=INNER,
-                STATES=STATES,
-                RANK=RANK,
-                WIDTH=WIDTH,
-                SPLITS=SPLITS,
+            asked += (
+                _asked(
+                    window * POSITIONS + t,
+                    t,
+                    xz,
+                    parts,
+                    channels,
+                    there,
+                    states,
+                    ranks,
+                    split_stride,
+                    READ=not LAST or t == POSITIONS - 1,
+                    INNER=INNER,
+                    STATES=STATES,
+                    RANK=RANK,
+                    WIDTH=WIDTH,
+                    SPLITS=SPLITS,
+                ),
             )
-            found = tl.where((times == t)[:, None], y[None, :], found)
-        if LAST:
-            at = out + window * INNER + channels[None, :] + (times - (POSITIONS - 1))[:, None] * INNER
-            tl.store(at, found, mask=(times == POSITIONS - 1)[:, None] & there[None, :])
-        else:
-            at = out + (window * POSITIONS + times)[:, None] * INNER + channels[None, :]
-            tl.store(at, found, mask=(times < POSITIONS)[:, None] & there[None, :])
+        tokens = ()
+        for t in tl.static_range(POSITIONS):
+            tokens += (_stepped(asked[t][0], asked[t][2], taps, conv_b, dt_matrix, dt_b),)
+        for t in tl.static_range(POSITIONS):
+            u, delta = tokens[t]
+            state = _moved(state, u, delta, _together(asked[t][3]), A, FIRST=t == 0)
+            if not LAST:
+                y = _read(state, u, asked[t][1], _together(asked[t][4]), skip)
+                tl.store(out + (window * POSITIONS + t) * INNER + channels, y, mask=there)
+            elif t == POSITIONS - 1:
+                y = _read(state, u, asked[t][1], _together(asked[t][4]), skip)
+                tl.store(out + window * INNER + channels, y, mask=there)
     else:
         for t in range(0, POSITIONS):
-            state, y = _token(
-                state,
+            pasts, z, lows, Bs, Cs = _asked(
                 window * POSITIONS + t,
                 t,
                 xz,
                 parts,
-                conv_weight,
-                conv_b,
-                dt_matrix,
-                dt_b,
-                A,
-                skip,
                 channels,
                 there,
                 states,
                 ranks,
                 split_stride,
-                FIRST=False,
                 READ=True,
                 INNER=INNER,
                 STATES=STATES,
@@ -264,6 +277,9 @@ def _scan(
                 WIDTH=WIDTH,
                 SPLITS=SPLITS,
             )
+            u, delta = _stepped(pasts, lows, taps, conv_b, dt_matrix, dt_b)
+            state = _moved(state, u, delta, _together(Bs), A, FIRST=False)
+            y = _read(state, u, z, _together(Cs), skip)
             if LAST:
                 tl.store(out + window * INNER + channels, y, mask=there & (t == POSITIONS - 1))
             else:
@@ -307,7 +323,10 @@ def _norms(
     BETWEEN: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    early.begin(EARLY)
+    early.wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -322,7 +341,19 @@ def _norms(
 
 
 @triton.jit
-def _mixed(context, weights, h, out, DIM: tl.constexpr, POSITIONS: tl.constexpr, L2: tl.constexpr, BLOCK: tl.constexpr):
+def _mixed(
+    context,
+    weights,
+    h,
+    out,
+    DIM: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    L2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    early.begin(EARLY)
+    early.wait(EARLY)
     window = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -360,6 +391,9 @@ def linear(
     wide = weight.dtype == torch.float32
     out = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
+        return out if splits > 1 else out[0]
+    if layers_few.fits(rows, inputs, splits, weight):
+        layers_few.linear(x, weight, out, bias, norm, eps, conv, positions, gelu, residual)
         return out if splits > 1 else out[0]
     if rows <= 16:
         block, columns, chunk, stages = 16, 16, 64 if wide else 256, 4
@@ -445,8 +479,8 @@ def scan(
         CHANNELS=channels,
         STATES_2=states_2,
         RANK_2=triton.next_power_of_2(dt_weight.shape[1]),
-        POSITIONS_2=triton.next_power_of_2(positions),
         num_warps=4,
+        **early.options(),
     )
     return out
 
@@ -483,6 +517,7 @@ def norms(
             KIND=kind or "",
             BLOCK=triton.next_power_of_2(dim),
             num_warps=4,
+            **early.options(),
         )
     first = first if first is not None else out
     assert first is not None
@@ -507,5 +542,6 @@ def mixed(context: Tensor, weights: Tensor, h: Tensor | None = None, l2: bool = 
             L2=l2,
             BLOCK=triton.next_power_of_2(dim),
             num_warps=4,
+            **early.options(),
         )
     return out

@@ -1,6 +1,6 @@
 """Compiles what a launcher of Triton kernels would launch, for a GPU that need not be there.
 
-Needs a process without TRITON_INTERPRET: `python -m ops.compiled` is how test_triton_compile.py gets one.
+Needs a process without TRITON_INTERPRET: test_triton_compile.py starts `python -m ops.compiled_calls`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Kernel(NamedTuple):
-    """What a compiler made of one kernel. `spilled` is in bytes a thread, `shared` in bytes a block."""
+    """What a compiler made of one kernel. `spilled` is in bytes a thread, `shared` in bytes a block.
+
+    `limit` is how many registers the launcher allows, if it says.
+    """
 
     name: str
     registers: int
@@ -35,6 +38,7 @@ class Kernel(NamedTuple):
     shared: int
     warps: int
     asm: Any
+    limit: int | None = None
 
 
 class _Absent:
@@ -61,9 +65,12 @@ def compiling(target: str) -> Iterator[list[Kernel]]:
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if TARGETS[target].backend == "hip":  # has no such option; launchers ask torch whether it was built for it
+            kwargs.pop("maxnreg", None)
+        limit = kwargs.get("maxnreg")
         made = original(self, *args, grid=grid, warmup=True, **kwargs)
         if made.hash not in found:
-            found[made.hash] = _described(target, made)
+            found[made.hash] = _described(target, made)._replace(limit=limit)
             result.append(found[made.hash])
         return made
 
@@ -101,10 +108,18 @@ def _described(target: str, made: Any) -> Kernel:
     return Kernel(meta.name, numbers["REG"], spilled, meta.shared, meta.num_warps, made.asm)
 
 
+def versions(target: str) -> dict[str, str]:
+    """Of Triton and, for NVIDIA, of its assembler."""
+    found = {"triton": triton.__version__}
+    if TARGETS[target].backend == "cuda":
+        tool = _TOOLS / ("ptxas" if TARGETS[target].arch < 100 else "ptxas-blackwell")
+        said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+        found["ptxas"] = re.search(r"\bV([\d.]+)", said)[1]
+    return found
+
+
 def sass(kernel: Kernel) -> str:
     """Machine code of a kernel for NVIDIA."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        return subprocess.run(
-            [_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout

@@ -341,6 +341,7 @@ def test_a_wrong_context_is_refused_in_one_sentence(plain, context, says):
         assert "\n" not in str(caught.value)
 
 
+@needs_extension  # of which what checks rows is a part
 def test_what_there_is_none_of_here(plain):
     raw = some_contexts(1)
     for call in (lambda: plain.rerank(raw, []), plain.stream, lambda: plain.profile(raw)):

@@ -18,4 +18,6 @@ def _loss(queries, keys, temperature, symmetric, mask, query_labels, key_labels,
         torch.sum(each, dim=0, out=loss)
 
 
-run = autograd.define(f"info_nce{_triton.SUFFIX}", _loss, _triton.on_device(kernels.backward), both=True, device="default")
+run = autograd.define(
+    f"info_nce{_triton.SUFFIX}", _loss, _triton.on_device(kernels.backward), both=True, device="default"
+)
