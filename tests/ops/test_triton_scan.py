@@ -321,6 +321,30 @@ def test_compile_traces_the_whole_call():
     assert all(torch.equal(got, want) for got, want in zip(trained(compiled), trained(step), strict=True))
 
 
+@pytest.mark.skipif(not ON_GPU, reason="on a GPU only: CUDA graphs")
+@pytest.mark.parametrize("length", [5, 600])
+def test_a_forward_and_backward_in_a_cuda_graph(length):
+    given = to_device(Scan(length=length, state=16).inputs())
+    leaves = [given[k].requires_grad_() for k in GRADIENTS]
+
+    def step():
+        out = fastlvm.ssm_scan(**given, backend="triton")
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        given["u"].mul_(2.0)
+    graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(found, step(), strict=True))
+
+
 def test_what_has_no_kernel():
     case = Scan(state=3)
     with pytest.raises(ValueError, match=r"triton.*float64 has no kernel"):

@@ -31,7 +31,7 @@ def causal_conv1d(
 
     Args:
         x: input [B, D, L]. Any size may be 0.
-        weight: filters [D, W], W at least 1, the newest input last.
+        weight: filters [D, W], W at least 1, the newest input last; kernels for GPUs take up to 16.
         bias: [D].
         activation: None, "silu" or its other name "swish".
         initial_state: the W-1 inputs before x, oldest first, [B, D, W-1]; zero when None.

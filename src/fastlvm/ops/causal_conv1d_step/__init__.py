@@ -38,7 +38,8 @@ def causal_conv1d_step(
         bias: [D].
         activation: None, "silu" or its other name "swish".
         state_indices: [b], int32 or int64: row i advances state[state_indices[i]], no state twice. A negative index is
-            padding: the row's output is zero and no state is touched.
+            padding: the row's output is zero and no state is touched. On a GPU their values are not checked: an index
+            of S or more touches no state either, and its row is NaN.
         backend: "auto", or a name that `fastlvm.explain("causal_conv1d_step", ...)` lists.
 
     Returns:

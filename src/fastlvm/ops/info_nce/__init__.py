@@ -28,7 +28,7 @@ def info_nce(
     """Cross-entropy of every query's own key among all keys: `loss_i = log Σ_j exp(q_i·k_j / τ) - q_i·k_i / τ`.
 
     Key i is the positive of query i; keys from B on are further negatives. The logits [B, M] are never in memory as a
-    whole on the cpu backend: peak memory is O((B + M) D).
+    whole on the cpu and triton backends: peak memory is O((B + M) D), beside one block of logits.
 
     numpy arrays in, a numpy array out, without gradients; torch tensors in, a torch tensor out, with gradients for
     queries and keys. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its

@@ -31,7 +31,8 @@ def ssd_scan(
 
     numpy arrays in, numpy arrays out; torch tensors in, torch tensors out, with gradients for every array, through the
     final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
-    own, with a float32 state; or float64 throughout.
+    own, with a float32 state; or float64 throughout. On a GPU, where chunks of time are products of matrices, a NaN in
+    x reaches the whole chunk of its channel.
 
     Args:
         x: input [B, L, H, P]: H heads of P channels. Any size may be 0.

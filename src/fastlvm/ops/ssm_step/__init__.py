@@ -44,7 +44,8 @@ def ssm_step(
         delta_bias: [D], added to delta.
         delta_softplus: take softplus of delta, linear above 20.
         state_indices: [b], int32 or int64: row i advances state[state_indices[i]], no state twice. A negative index is
-            padding: the row's output is zero and no state is touched.
+            padding: the row's output is zero and no state is touched. On a GPU their values are not checked: an index
+            of S or more touches no state either, and its row is NaN.
         backend: "auto", or a name that `fastlvm.explain("ssm_step", ...)` lists.
 
     Returns:
