@@ -17,6 +17,7 @@ from . import early, layers_few
 from .math import COMPILED, exp2, sigmoid, softplus
 
 AT_ONCE: tl.constexpr = tl.constexpr(6)  # positions of a context whose scan is a straight line of code
+CHANNELS = 8  # of one program of a scan of few contexts
 UNIT: tl.constexpr = tl.constexpr(1e-3)  # a length this far from 1 is float16 rounding, and kept
 
 
@@ -457,7 +458,7 @@ def scan(
     if windows == 0:
         return out
     states_2 = triton.next_power_of_2(states)
-    channels = max(1, min(8 if windows < 8 else 16, 2048 // states_2))
+    channels = max(1, min(CHANNELS if windows < 8 else 16, 2048 // states_2))
     _scan[(triton.cdiv(inner, channels), windows)](
         xz,
         parts,
@@ -492,15 +493,17 @@ def norms(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows of x [rows, dim] after the norms `before`, and those after `kind` too: float32, one tensor twice without.
 
     before: at most two of "unit" (divided by a length that is far from 1; NaN for zeros) and "l2". kind: "l2", "rms"
-    with weight float32 [dim], or "layer" with bias too.
+    with weight float32 [dim], or "layer" with bias too. device: of the results, where x is pinned memory of the host.
     """
     rows, dim = x.shape
-    first = torch.empty((rows, dim), dtype=torch.float32, device=x.device) if before or kind is None else None
-    out = torch.empty((rows, dim), dtype=torch.float32, device=x.device) if kind is not None else None
+    device = device or x.device
+    first = torch.empty((rows, dim), dtype=torch.float32, device=device) if before or kind is None else None
+    out = torch.empty((rows, dim), dtype=torch.float32, device=device) if kind is not None else None
     one, two = (*before, "", "")[:2]
     if x.numel():
         _norms[(rows,)](

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fastlvm.data import Payload, Space
 from fastlvm.errors import InputError
+from fastlvm.kernels.triton.early import early
 from fastlvm.ops import _triton
 from fastlvm.predictor import contexts
 from fastlvm.predictor.contexts import Found
@@ -44,6 +46,8 @@ class _Call(NamedTuple):
     given: Tensor
     inside: Tensor
     found: Tensor
+    into: np.ndarray  # the memory of given
+    out: np.ndarray  # and of found
 
 
 class CudaPredictor:
@@ -208,7 +212,12 @@ class CudaPredictor:
     def _found(self, places: np.ndarray, scores: np.ndarray, k: int) -> Found:
         """Rows and keys of places int32 [n, ≤ k] among the vectors, -1 = none, padded to k."""
         n, width = places.shape
-        ids = np.where(places >= 0, self._rows[places], -1) if len(self) else places.astype(np.int64)
+        if not len(self) or not places.size or places.min() < 0:
+            ids = np.where(places >= 0, self._rows[places], -1) if len(self) else places.astype(np.int64)
+        else:  # as ever without exclusions
+            ids = self._rows[places]
+            if width == k:
+                return Found(ids, scores, self._keys[ids])
         if width < k:
             ids = np.concatenate([ids, np.full((n, k - width), -1)], axis=1)
             scores = np.concatenate([scores, np.full((n, k - width), -np.inf, np.float32)], axis=1)
@@ -264,12 +273,15 @@ class CudaPredictor:
     def _launch(self, given: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n, host = len(given), not isinstance(given, Tensor)
         size = 1 << (n - 1).bit_length()
-        with self._lock, torch.inference_mode():
-            call = self._calls.get((size, k, host)) or self._captured(size, k, host)
-            self._calls.move_to_end((size, k, host))
-            if host:
+        key = size, k, host
+        with self._lock, self._mode(key):
+            call = self._calls.get(key) or self._captured(size, k, host)
+            self._calls.move_to_end(key)
+            if host and given.dtype == np.float32:
+                call.into[:n] = given
+            elif host:
                 with np.errstate(over="ignore"):
-                    np.copyto(call.given.numpy()[:n], given, casting="same_kind")
+                    np.copyto(call.into[:n], given, casting="same_kind")
             if self._stream is None:
                 if not host:
                     call.inside[:n].copy_(given)
@@ -281,20 +293,24 @@ class CudaPredictor:
                     if not host:
                         call.inside[:n].copy_(given)
                     call.graph.replay()
-                self._stream.synchronize()
-            places, scores, predicted = _parts(call.found.numpy(), size, k, self.dim)
-            return places[:n].copy(), scores[:n].view(np.float32).copy(), predicted[:n].view(np.float32).copy()
+                self._wait()
+            copied = call.out.copy()
+        places, scores, predicted = _parts(copied, size, k, self.dim)
+        return places[:n], scores[:n].view(np.float32), predicted[:n].view(np.float32)
+
+    def _mode(self, key: tuple[int, int, bool]) -> AbstractContextManager[Any]:
+        """Of torch; to start a graph that is there and takes its context from main memory, none is wanted."""
+        started = self._stream is not None and key[2] and key in self._calls
+        return nullcontext() if started else torch.inference_mode()
 
     def _captured(self, size: int, k: int, host: bool) -> _Call:
         """A graph for `size` contexts, from main memory or the device, and their k best rows."""
         shape, cuda = (size, self.context, self.dim), self._stream is not None
         found = torch.zeros(size * (2 * k + self.dim), dtype=torch.int32, pin_memory=cuda)
-        call = _Call(
-            torch.cuda.CUDAGraph() if cuda else None,
-            torch.ones(shape if host else (0,), pin_memory=cuda),  # what is beyond the given contexts is a context too
-            torch.ones(shape, device=self.device),
-            found,
-        )
+        # what is beyond the given contexts is a context too
+        given = torch.ones(shape if host else (0,), pin_memory=cuda)
+        inside = torch.ones(shape, device=self.device)
+        call = _Call(torch.cuda.CUDAGraph() if cuda else None, given, inside, found, given.numpy(), found.numpy())
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
@@ -311,15 +327,31 @@ class CudaPredictor:
         return call
 
     def _steps(self, call: _Call, k: int, host: bool) -> None:
-        if host:
-            call.inside.copy_(call.given, non_blocking=True)
-        predicted = self._program(call.inside)
-        out = torch.empty(len(call.found), dtype=torch.int32, device=self.device)
-        ids, scores, left = _parts(out, len(predicted), k, self.dim)
-        left.copy_(predicted.view(torch.int32))
-        if k:
-            self._exact(predicted, ids, scores.view(torch.float32))
-        call.found.copy_(out, non_blocking=True)
+        tune = self._exact.tune
+        with early(tune.early):
+            # what is read or written once is left where the host has it
+            given = call.given if host and tune.direct else call.inside
+            if host and not tune.direct:
+                call.inside.copy_(call.given, non_blocking=True)
+            predicted = self._program(given)
+            if tune.direct and self._exact.writes_itself(len(predicted), k):
+                ids, scores, left = _parts(call.found, len(predicted), k, self.dim)
+                self._exact(predicted, ids, scores.view(torch.float32), left.view(torch.float32))
+                return
+            out = torch.empty(len(call.found), dtype=torch.int32, device=self.device)
+            ids, scores, left = _parts(out, len(predicted), k, self.dim)
+            left.copy_(predicted.view(torch.int32))
+            if k:
+                self._exact(predicted, ids, scores.view(torch.float32))
+            call.found.copy_(out, non_blocking=True)
+
+    def _wait(self) -> None:
+        assert self._stream is not None
+        if self._exact.tune.poll:
+            while not self._stream.query():
+                pass
+        else:
+            self._stream.synchronize()
 
 
 def _checked_device(device: Any) -> torch.device:

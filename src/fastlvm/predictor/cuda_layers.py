@@ -24,6 +24,7 @@ from fastlvm.predictor import blocks, layers
 if TYPE_CHECKING:
     from fastlvm.predictor.forward import Plan
 
+SPLITS = 4  # of the inputs of a product with few rows and too few outputs to fill a GPU
 MOST_ROWS = 256  # vectors from which on cuBLAS multiplies
 FULL = 6e4  # the greatest |A| that float16 holds well
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +67,8 @@ class Norm(NamedTuple):
 class Program:
     """Contexts float32 [n, positions, dim] on the device → predictions float32 [n, dim], of length 1.
 
-    The contexts are raw: a length far from 1 is divided out, and a vector that has none makes a prediction of NaN.
+    The contexts are raw: a length far from 1 is divided out, and a vector that has none makes a prediction of NaN. They
+    may lie in pinned memory of the host.
     """
 
     def __init__(
@@ -81,9 +83,8 @@ class Program:
         rest = list(plan.layers)
         first = rest.pop(0) if not self._space and type(rest[0]) is layers.RmsNorm else None
         norm = None if first is None else compiler.norm(first)
-        self._enter = lambda raw: kernels.norms(
-            raw, entering, None if norm is None else "rms", *(() if norm is None else (norm.weight, None, norm.eps))
-        )
+        scale = {} if norm is None else {"kind": "rms", "weight": norm.weight, "eps": norm.eps}
+        self._enter = lambda raw: kernels.norms(raw, entering, **scale, device=device)
         self._steps = compiler.steps(rest)
         self.nbytes = weights.nbytes + exact.nbytes
 
@@ -367,7 +368,7 @@ def _convolved(xz: Tensor, conv: kernels.Conv, low: Tensor, positions: int) -> T
     """low · silu(conv(x)) of [x | z] [rows, 2 inner]: parts float32 [splits, rows, outputs], to be summed."""
     rows, inner = len(xz), low.shape[1]
     if rows <= MOST_ROWS:
-        splits = 4 if rows <= 64 else 1
+        splits = SPLITS if rows <= 64 else 1
         return kernels.linear(xz, low, conv=conv, positions=positions, splits=splits).view(splits, rows, -1)
     x = xz.view(-1, positions, 2 * inner)[..., :inner].mT  # [n, inner, L]
     u = torch.empty((len(x), positions, inner), dtype=low.dtype, device=low.device)

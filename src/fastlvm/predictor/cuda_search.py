@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ class Tune(NamedTuple):
     """How a single query is searched for; every choice finds the same.
 
     tile: rows whose best score is kept. part, chunk, ahead, warps, stream: of the pass over them, see
-    `rank.score_rows`. counted: ranks are counted by two kernels, else torch sorts.
+    `rank.score_rows`. counted: ranks are counted by two kernels, else torch sorts. early: a kernel begins before the
+    one ahead of it has ended, and asks for its weights. direct: kernels read and write the host's memory themselves,
+    else there are copies. poll: the host asks again and again whether the device is done, else it waits.
     """
 
     tile: int = 128
@@ -31,6 +33,14 @@ class Tune(NamedTuple):
     warps: int = 8
     stream: bool = True
     counted: bool = True
+    early: bool = True
+    direct: bool = True
+    poll: bool = False
+
+    @property
+    def pass_over(self) -> dict[str, Any]:
+        """Arguments of `rank.score_rows`."""
+        return {name: getattr(self, name) for name in ("part", "chunk", "ahead", "warps", "stream")}
 
 
 class Exact:
@@ -40,24 +50,31 @@ class Exact:
         self.vectors = vectors
         self.tune = tune or Tune()
 
-    def __call__(self, queries: Tensor, ids: Tensor, scores: Tensor) -> None:
+    def writes_itself(self, n: int, k: int) -> bool:
+        """Whether what is filled for n queries may be pinned memory of the host."""
+        tile = self.tune.tile
+        tiles = -(-len(self.vectors) // tile)
+        return n == 1 and self.tune.counted and 0 < min(k, tiles) * tile <= COUNTED and tiles <= TILES
+
+    def __call__(self, queries: Tensor, ids: Tensor, scores: Tensor, kept: Tensor | None = None) -> None:
         """Fill ids int32 [n, k] and scores float32 [n, k], best first; queries float32 [n, dim], k ≤ vectors.
 
-        Scores are sums of float16 vectors times float32 queries, in float32. Waits for nothing.
+        Scores are sums of float16 vectors times float32 queries, in float32. Waits for nothing. kept float32 [n, dim],
+        where `writes_itself`: takes a copy of the queries.
         """
         if len(queries) == 1:
-            self._one(queries[0], ids[0], scores[0])
+            self._one(queries[0], ids[0], scores[0], None if kept is None else kept[0])
         elif len(queries):
             self._many(queries, ids, scores)
 
-    def _one(self, query: Tensor, ids: Tensor, scores: Tensor) -> None:
-        tile, *how, counted = self.tune
+    def _one(self, query: Tensor, ids: Tensor, scores: Tensor, kept: Tensor | None) -> None:
+        tile = self.tune.tile
         k, count = len(ids), len(self.vectors)
         tiles = -(-count // tile)
         every = torch.empty(count, dtype=torch.float32, device=query.device)
         best = torch.empty(tiles, dtype=torch.int32, device=query.device)
-        rank.score_rows(self.vectors, query, every, best, tile, *how)
-        if counted and min(k, tiles) * tile <= COUNTED and tiles <= TILES:
+        rank.score_rows(self.vectors, query, every, best, tile, kept=kept, **self.tune.pass_over)
+        if self.writes_itself(1, k):
             rank.best_rows(every, best, ids, scores, tile)
         else:
             _unpack(_best(every[None], best[None], k, tile, 0), ids[None], scores[None])
