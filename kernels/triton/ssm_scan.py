@@ -147,7 +147,7 @@ def _walk(
     batch, length, padded, channels, N, per_unit, blocks, per_B, per_C, groups_B, groups_C, segment, rows_each,
     SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, OUT: tl.constexpr, KEEP: tl.constexpr,
     BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr, BATCHES: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, TOUCH: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, ONE_WARP: tl.constexpr,
 ):  # fmt: skip
     # Lanes lie along the last axis first, then along the channels: a thread holds all of the middle one.
     NP: tl.constexpr = NI * NK
@@ -194,9 +194,7 @@ def _walk(
                 if part > 0:
                     h = tl.load(carry + (row * channels + d) * N + n, in_dn, 0.0)
         total = tl.zeros([BD, 1, 1], tl.float32)
-        nothing = 0.0
-        if TOUCH:
-            nothing = tl.zeros([], tl.float32)
+        nothing = tl.zeros([] if ONE_WARP else [BD, 1, 1], tl.float32)
         if not B_CONSTANT:
             of_B = B + ((b * groups_B + lead // per_B) * padded * NP + n)
         if not C_CONSTANT:
@@ -219,10 +217,15 @@ def _walk(
                 z_block = x_block
                 if OUT and z is not None:
                     z_block = _times(z, b, row_d, t, z_b, z_d, z_l, ahead)
-            if TOUCH:  # so that the next rows of B and C are in the first cache when each is read in its turn
-                cell = (t0 + K) * NP + tl.arange(0, K * NP)
-                near = cell < padded * NP
-                touched = tl.zeros([K * NP], tl.float32)
+            if not ONE_BLOCK:  # so that the next rows of B and C are in the first cache when each is read in its turn
+                if ONE_WARP:
+                    line = tl.arange(0, K * NP)
+                    touched = tl.zeros([K * NP], tl.float32)
+                else:
+                    line = tl.arange(0, BD)[:, None, None] * 32  # of 128 bytes
+                    touched = nothing
+                cell = (tl.zeros([], tl.int64) + (t0 + K)) * NP + line
+                near = (line < K * NP) & (cell < padded * NP)
                 if not B_CONSTANT:
                     touched += tl.load(B + (b * groups_B + lead // per_B) * padded * NP + cell, near, 0.0)
                 if OUT and not C_CONSTANT:
@@ -232,7 +235,7 @@ def _walk(
                 t = tl.zeros([], tl.int64) + (t0 + j)
                 inside = t < last
                 dt = dts[j] + bias
-                if TOUCH:
+                if not ONE_BLOCK:
                     dt += nothing
                 if SOFTPLUS:
                     dt = softplus(dt)
@@ -252,8 +255,8 @@ def _walk(
                     ys = ys + (y.reshape(BD),)
                 else:
                     total += dt
-            if TOUCH:  # what is never used is never loaded: zero, whatever came
-                nothing += held_zeros(tl.max(touched, 0))
+            if not ONE_BLOCK:  # what is never used is never loaded: zero, whatever came
+                nothing = held_zeros(tl.max(touched, 0) if ONE_WARP else touched)
             if OUT:
                 for _ in tl.static_range(K - STEPS):
                     ys = ys + (ys[0],)
@@ -379,7 +382,7 @@ def ssm_scan(
             *shape.per_group, shape.groups_B, shape.groups_C, segment, rows_each,
             SOFTPLUS=delta_softplus, B_CONSTANT=B.ndim == 2, C_CONSTANT=C.ndim == 2, OUT=OUT, KEEP=keep,
             BD=tile.BD, NI=tile.NI, NK=tile.NK, K=K, STEPS=shape.length if one_block else K, BATCHES=batches,
-            ONE_BLOCK=one_block, TOUCH=tile.warps == 1 and not one_block, num_warps=tile.warps, **more,
+            ONE_BLOCK=one_block, ONE_WARP=tile.warps == 1, num_warps=tile.warps, **more,
         )  # fmt: skip
 
     if parts > 1:
