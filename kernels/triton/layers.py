@@ -393,7 +393,7 @@ def linear(
     out = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out if splits > 1 else out[0]
-    if layers_few.fits(rows, inputs, splits, weight):
+    if layers_few.fits(rows, inputs, splits, weight, conv is not None):
         layers_few.linear(x, weight, out, bias, norm, eps, conv, positions, gelu, residual)
         return out if splits > 1 else out[0]
     if rows <= 16:

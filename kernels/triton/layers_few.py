@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .layers import Conv
 
 ROWS = 16
-MOST = 2048  # inputs of one program, that its registers hold
+MOST, MOST_CONVOLVED = 2048, 512  # inputs of one program, that its registers hold
 
 
 @triton.jit
@@ -133,9 +133,10 @@ def _few(
     tl.store(out + split * split_stride + rows[:, None] * out_stride + columns[None, :], found, mask=both)
 
 
-def fits(rows: int, inputs: int, splits: int, weight: Tensor) -> bool:
+def fits(rows: int, inputs: int, splits: int, weight: Tensor, conv: bool) -> bool:
     """Whether `linear` can take it."""
-    return rows <= ROWS and weight.dtype != torch.float32 and triton.cdiv(inputs, splits) <= MOST
+    most = MOST_CONVOLVED if conv else MOST
+    return rows <= ROWS and weight.dtype != torch.float32 and triton.cdiv(inputs, splits) <= most
 
 
 def linear(

@@ -235,6 +235,14 @@ def test_finds_what_the_scores_say(plain):
     np.testing.assert_array_equal(one.ids, found.ids[1, :7])
 
 
+@pytest.mark.parametrize("tune", ({"early": False}, {"direct": False}, {"poll": True}, {"counted": False}), ids=str)
+def test_every_way_finds_the_same(plain, tune):
+    another = made(other("mixture"), make_vectors(), tune=tune)
+    for raw in (some_contexts(1)[0], some_contexts(2)):
+        np.testing.assert_array_equal(another.search(raw, 7).ids, plain.search(raw, 7).ids)
+        np.testing.assert_array_equal(another.predict(raw), plain.predict(raw))
+
+
 def test_pieces_and_empty_batches(plain, monkeypatch):
     raw = some_contexts(5)
     whole = plain.search(raw, 4)

@@ -33,6 +33,7 @@ def test_compiles(target):
     found = compiled(target)
     assert {name for name, *_ in found} == {
         "_linear",
+        "_few",
         "_scan",
         "_norms",
         "_mixed",
@@ -47,7 +48,7 @@ def test_compiles(target):
 
 def main(target):
     import torch
-    from fastlvm.kernels.triton import layers, rank
+    from fastlvm.kernels.triton import early, layers, rank
 
     from ops import compiled as compiler
 
@@ -55,14 +56,14 @@ def main(target):
         return torch.empty(shape, dtype=dtype)
 
     dim, inner, states, low, length, k, tile = 768, 1536, 128, 48, 5, 50, 128
-    with compiler.compiling(target) as found:
+    with compiler.compiling(target) as found, early.early():
         conv = layers.Conv(empty(inner, 4), empty(inner))
         for dtype in (torch.bfloat16, torch.float32):
             for n in (1, 8, 40):  # rows in 16, 64 and more
                 h = empty(n * length, dim)
                 xz = layers.linear(h, empty(2 * inner, dim, dtype=dtype), norm=empty(dim), eps=1e-5)
                 x_proj = empty(low + 2 * states, inner, dtype=dtype)
-                parts = layers.linear(xz, x_proj, conv=conv, positions=length, splits=2)
+                parts = layers.linear(xz, x_proj, conv=conv, positions=length, splits=4)
                 A = empty(inner, states, dtype=torch.float16)
                 y = layers.scan(xz, parts, conv, empty(inner, low, dtype=dtype), empty(inner), A, empty(inner), length)
                 layers.linear(y, empty(dim, inner, dtype=dtype), residual=h)
