@@ -1,8 +1,7 @@
 """The selective scan backward of short sequences, from zero or from a state; `ssm_scan_bwd` says what is computed.
 
 A program holds channels × state in registers and walks time, unrolled, for several batch entries in turn. What has no
-state dimension is computed on tiles [channels, steps], an element a thread, and passed on as columns; sums over channels
-are those of all steps at once.
+state dimension is computed on tiles [channels, steps], an element a thread, and passed on as columns.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .math import COMPILED, LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import SHORT, Packed, Shape, _room, _split, _spread, every_other, held_zeros, strides, woven
+from .ssm_scan import SHORT, Packed, Shape, _room, _split, _spread, every_other, held_zeros, strides
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Of loads that come a second time: otherwise the compiler keeps what the first gave, and all that was computed from it,
@@ -26,13 +24,26 @@ WIDEST = 512  # state dimensions that the short regime holds in registers
 
 
 @triton.jit
-def _tile_of(columns, K: tl.constexpr):
-    """K columns [BD, 1, 1] as [BD, K]."""
-    if K == 1:
+def _columns(x, K: tl.constexpr, PAD: tl.constexpr):
+    """[BD, K * PAD] as the K columns [BD, 1, 1] that lie PAD apart."""
+    if PAD == 1:
+        return _split(x, K)
+    else:
+        even, _ = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        return _columns(even, K, PAD // 2)
+
+
+@triton.jit
+def _tile_of(columns, K: tl.constexpr, PAD: tl.constexpr):
+    """K columns [BD, 1, 1] as [BD, K * PAD], each PAD times."""
+    if PAD > 1:
+        half = _tile_of(columns, K, PAD // 2)
+        return tl.join(half, half).reshape(half.shape[0], K * PAD)
+    elif K == 1:
         return columns[0].reshape(columns[0].shape[0], 1)
     else:
-        even = _tile_of(every_other(columns, 0, K // 2), K // 2)
-        odd = _tile_of(every_other(columns, 1, K // 2), K // 2)
+        even = _tile_of(every_other(columns, 0, K // 2), K // 2, 1)
+        odd = _tile_of(every_other(columns, 1, K // 2), K // 2, 1)
         return tl.join(even, odd).reshape(even.shape[0], K)
 
 
@@ -102,6 +113,12 @@ def _over_states(x):
 
 
 @triton.jit
+def _store_in_turn(into, row, mask, turn, which: tl.constexpr):
+    """A row [1, NI, NK] that all warps have, by those whose turn it is: as a tile in the layout that the row has."""
+    tl.store(into + turn * 0, row, mask & (turn == which))
+
+
+@triton.jit
 def _short_bwd(
     u, delta, A, B, C, D, z, delta_bias, h0, dout, dhT,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0,
@@ -110,13 +127,14 @@ def _short_bwd(
     du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
     batch, channels, N, per_unit, blocks, per_B, per_C, groups_B, groups_C, batches,
     L: tl.constexpr, K: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr,
+    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, PAD: tl.constexpr, BY_STEP: tl.constexpr,
 ):  # fmt: skip
     # Lanes lie along the last axis first, then along the channels, as do warps: a thread holds all of the middle one
     # and R channels.
     NP: tl.constexpr = NI * NK
     X: tl.constexpr = BD // R
-    turn = tl.arange(0, X)[:, None, None]  # sums over channels are stored by one thread after the other
+    EACH: tl.constexpr = (dC is not None and not C_CONSTANT) + (dB is not None and not B_CONSTANT)
+    turn = tl.arange(0, X)[:, None, None]
     part, block = tl.program_id(0), tl.program_id(1)
     lead = (block // blocks) * per_unit
     in_unit = (block % blocks) * BD + tl.arange(0, BD)
@@ -137,8 +155,10 @@ def _short_bwd(
         bias = tl.load(delta_bias + row_d * bias_d, in_row, 0.0).to(tl.float32)
     if D is not None:
         skip = tl.load(D + row_d * D_d, in_row, 0.0).to(tl.float32)
-    k = tl.arange(0, K)[None, :]
-    t = k.to(tl.int64)
+    k = tl.arange(0, K * PAD)[None, :]
+    step = k // PAD
+    is_step = (step < L) & (k % PAD == 0)
+    t = step.to(tl.int64)
     # A factor that the compiler does not know: decays are computed twice, as there are no registers to keep them in.
     one = tl.where(batch > 0, 1.0, 0.0)
     zeros = held_zeros(a)
@@ -149,7 +169,7 @@ def _short_bwd(
         b = (part * batches + i).to(tl.int64)
         there = b < batch
         b = tl.minimum(b, batch - 1)
-        here = in_row & there & (k < L)
+        here = in_row & there & is_step
         here_dn = in_dn & there
         of_B = B
         if not B_CONSTANT:
@@ -168,9 +188,8 @@ def _short_bwd(
             s = sigmoid(gate)
             to_z = g * s * (1.0 + gate * (1.0 - s))
             g = g * gate * s
-        dts = _split(_fixed(dt), K)
-        dxs = _split(_fixed(dt * x), K)
-        gs = _split(_fixed(g), K)
+        dts = _columns(_fixed(dt), K, PAD)
+        dxs = _columns(_fixed(dt * x), K, PAD)
         h = zeros
         if h0 is not None:
             h = tl.load(h0 + b * h_b + d * h_d + n.to(tl.int64) * h_n, here_dn, 0.0).to(tl.float32)
@@ -183,6 +202,7 @@ def _short_bwd(
                 h = dxs[j] * B_t + h
             else:
                 h = exp2(dts[j] * a) * h + dxs[j] * B_t
+        gs = _columns(_fixed(g), K, PAD)
         dh = zeros
         if dhT is not None:
             dh = tl.load(dhT + b * dhT_b + d * dhT_d + n.to(tl.int64) * dhT_n, here_dn, 0.0).to(tl.float32)
@@ -208,6 +228,14 @@ def _short_bwd(
                     sum_B += dh * dxs[j]
                 else:
                     over = over + (_thread_sum(dh * dxs[j], R),)
+            if EACH > 0 and BY_STEP:
+                rows = _over_channels(over, EACH, 2)
+                over = ()
+                at = ((block.to(tl.int64) * batch + b) * L + j) * N + n
+                if dC is not None and not C_CONSTANT:
+                    _store_in_turn(dC + at, rows[0], in_n & there, turn, (2 * j) % X)
+                if dB is not None and not B_CONSTANT:
+                    _store_in_turn(dB + at, rows[EACH - 1], in_n & there, turn, (2 * j + 1) % X)
             through_B = (_over_states(dh * B_t),) + through_B
             h = states[j]
             if j > 0 or h0 is not None:
@@ -222,19 +250,16 @@ def _short_bwd(
             through_A = through_A + (through_A[0],)
             if dz is not None:
                 ys = ys + (ys[0],)
-        EACH: tl.constexpr = (dC is not None and not C_CONSTANT) + (dB is not None and not B_CONSTANT)
-        if EACH > 0:
-            rows = _over_channels(over, L * EACH, MOST)
+        if EACH > 0 and not BY_STEP:
+            rows = _over_channels(over, L * EACH, 8)
             for j in tl.static_range(L):
                 at = ((block.to(tl.int64) * batch + b) * L + j) * N + n
                 if dC is not None and not C_CONSTANT:
-                    mine = in_n & there & (turn == (2 * j) % X)
-                    tl.store(dC + at + turn * 0, rows[(L - 1 - j) * EACH], mine)
+                    _store_in_turn(dC + at, rows[(L - 1 - j) * EACH], in_n & there, turn, (2 * j) % X)
                 if dB is not None and not B_CONSTANT:
-                    mine = in_n & there & (turn == (2 * j + 1) % X)
-                    tl.store(dB + at + turn * 0, rows[(L - 1 - j) * EACH + EACH - 1], mine)
-        to_B = _tile_of(through_B, K)
-        ddt = x * to_B + LN2 * _tile_of(through_A, K)
+                    _store_in_turn(dB + at, rows[(L - j) * EACH - 1], in_n & there, turn, (2 * j + 1) % X)
+        to_B = _tile_of(through_B, K, PAD)
+        ddt = x * to_B + LN2 * _tile_of(through_A, K, PAD)
         if SOFTPLUS:
             ddt *= tl.where(raw > 20.0, 1.0, sigmoid(raw))
         if du is not None:
@@ -242,7 +267,7 @@ def _short_bwd(
         if ddelta is not None:
             tl.store(ddelta + b * ddt_b + row_d * ddt_d + t * ddt_l, ddt, here)
         if dz is not None:
-            tl.store(dz + b * dz_b + row_d * dz_d + t * dz_l, to_z * (_tile_of(ys, K) + skip * x), here)
+            tl.store(dz + b * dz_b + row_d * dz_d + t * dz_l, to_z * (_tile_of(ys, K, PAD) + skip * x), here)
         if dh0 is not None:
             tl.store(dh0 + (b * channels + d) * N + n, dh, here_dn)
         if dD is not None:
@@ -264,46 +289,48 @@ def is_short(shape: Shape, packed: Packed | None) -> bool:
 
 
 class ShortTile(NamedTuple):
-    """Channels, state dimensions a thread and along lanes, warps, and registers a thread (None: as the compiler has it)
-    of a program."""
+    """What a program has.
+
+    Channels, state dimensions a thread and along lanes, warps, at most so many registers a thread (None: as the
+    compiler has it), and whether sums over channels are taken step by step instead of for all steps at once.
+    """
 
     BD: int
     NI: int
     NK: int
     warps: int
     registers: int | None
-
-    @property
-    def lanes(self) -> int:
-        """Along the channels, of a warp."""
-        return max(1, 32 // max(1, self.NK // 4))
+    by_step: bool
 
     @property
     def held(self) -> int:
         """Channels a thread."""
-        return max(1, self.BD // (self.lanes * self.warps))
+        return max(1, self.BD // (max(1, 32 // max(1, self.NK // 4)) * self.warps))
 
 
-VARIANTS = {  # lanes along 4 states each, channels a thread, warps, registers
-    "narrow": (32, 2, 8, 128),
-    "wide": (32, 4, 8, None),
-    "tall": (32, 2, 16, 128),
-    "small": (32, 4, 4, None),
-    "half": (16, 1, 8, 128),
-    "half_wide": (16, 2, 8, None),
-    "half_small": (16, 2, 4, None),
+# At 128 state dimensions: how many are along lanes, channels a thread, warps, registers, by step.
+VARIANTS = {
+    "wide": (128, 4, 8, None, False),
+    "wide16": (64, 2, 8, None, False),
+    "narrow": (128, 2, 8, 128, True),
+    "narrow_late": (128, 2, 8, 128, False),
+    "tall": (128, 2, 16, 128, True),
 }
-VARIANT = "narrow"
+VARIANT = "wide"
 
 
 def short_tile(shape: Shape) -> ShortTile:
-    most, held, warps, registers = VARIANTS[VARIANT]
+    """More threads than state dimensions: the compiler takes loads of fewer elements than threads to be cheap."""
+    most, held, warps, registers, by_step = VARIANTS[VARIANT]
     padded = triton.next_power_of_2(shape.state)
-    NK = min(4 * most, padded)
-    NI = padded // NK
-    lanes = max(1, 32 // max(1, NK // 4))
-    held = max(1, held // max(1, padded // 128))
-    return ShortTile(held * lanes * warps, NI, NK, warps, registers)
+    NK = min(most, padded)
+    lanes = max(1, 32 // max(1, NK // 4))  # along the channels
+    if padded < 128:
+        warps, held, registers = 4, max(1, padded // 16), None
+    elif padded > 128:
+        warps, held, registers = 16, 1, None
+    BD = min(held * lanes * warps, triton.next_power_of_2(shape.per_unit))
+    return ShortTile(BD, padded // NK, NK, warps, registers, by_step)
 
 
 def short_bwd(
@@ -321,9 +348,12 @@ def short_bwd(
             T=K, NP=tile.NI * tile.NK, num_warps=4,
         )  # fmt: skip
     options = {} if tile.registers is None or torch.version.hip is not None else {"maxnreg": tile.registers}
+    # As many elements as threads, or the compiler has every thread load and compute all that it needs for itself.
+    pad = max(1, 32 * tile.warps // (tile.BD * K))
     blocks = triton.cdiv(shape.per_unit, tile.BD)
     _short_bwd[(triton.cdiv(shape.batch, batches), shape.units * blocks)](
         u, delta, A, *(M if into is None else into for M, into in zip((B, C), room, strict=True)), *others,
         *into, *steps, shape.batch, *sizes, *groups, batches, L=shape.length, K=K,
-        BD=tile.BD, NI=tile.NI, NK=tile.NK, R=tile.held, MOST=8, num_warps=tile.warps, **options, **flags,
+        BD=tile.BD, NI=tile.NI, NK=tile.NK, R=tile.held, PAD=pad, BY_STEP=tile.by_step,
+        num_warps=tile.warps, **options, **flags,
     )  # fmt: skip
