@@ -215,9 +215,9 @@ class CudaPredictor:
         if not len(self) or not places.size or places.min() < 0:
             ids = np.where(places >= 0, self._rows[places], -1) if len(self) else places.astype(np.int64)
         else:  # as ever without exclusions
-            ids = self._rows[places]
+            ids = self._rows.take(places)
             if width == k:
-                return Found(ids, scores, self._keys[ids])
+                return Found(ids, scores, self._keys.take(ids, axis=0))
         if width < k:
             ids = np.concatenate([ids, np.full((n, k - width), -1)], axis=1)
             scores = np.concatenate([scores, np.full((n, k - width), -np.inf, np.float32)], axis=1)
