@@ -25,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, exp2, sigmoid, softplus
-from .ssm_scan import CHUNK, Packed, Shape, carried, every_other, optional, strides, woven
+from .ssm_scan import CHUNK, Packed, Shape, carried, every_other, optional, ssm_scan, strides, woven
 from .ssm_scan_bwd_short import AGAIN, LN2, ONCE, is_short, short_bwd, short_tile
-
 
 BUSY = 1056  # programs of a warp: two for each scheduler of the device
 
@@ -112,6 +111,14 @@ def _long_bwd(
     before = tl.maximum(lane - 1, 0) + tl.zeros([S, BD], tl.int32)
     after = tl.minimum(lane + 1, S - 1) + tl.zeros([S, BD], tl.int32)
     chunks = tl.cdiv(length, T)
+    if dh0 is not None and offsets is not None:
+        if chunks == 0:  # a sequence without a step ends in the state it began with
+            for n in range(N * TURNS):
+                in_unit = ((block % blocks) * TURNS + n // N) * BD + tl.arange(0, BD)
+                in_d = (in_unit < per_unit)[None, :]
+                d = (lead + in_unit)[None, :]
+                x = _entering(back, dhT, seq, d, n % N, dhT_b, dhT_d, dhT_n, in_d, False)
+                tl.store(dh0 + (seq * channels + d) * N + n % N, x, in_d)
     for turn in range(TURNS * chunks):  # channels after channels, for each the chunks from the last to the first
         k_chunk = turn % chunks
         c = chunks - 1 - k_chunk
@@ -334,6 +341,10 @@ def ssm_scan_bwd(
         BD, S, K, TURNS, warps = long_tile(shape)
         blocks = triton.cdiv(shape.per_unit, BD * TURNS)
         parts = carried(shape.batch, shape.length, None if packed is None else shape.sequences)
+    if not short and carry is None:  # the forward kept nothing: once more
+        carry = u.new_empty((parts, shape.channels, shape.state), dtype=torch.float32)
+        args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, packed)
+        ssm_scan(*args, torch.empty_like(u), None, carry)
     sums = _Sums(shape, parts, shape.units * blocks, short, u, packed is not None)
     into = (du, ddelta, sums.states(dA), sums.matrix(dB, B), sums.matrix(dC, C), sums.channels(dD), dz)
     into = (*into, sums.channels(dbias), dh0)

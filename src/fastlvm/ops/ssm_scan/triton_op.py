@@ -17,7 +17,9 @@ from fastlvm.ops.ssm_scan import autograd
 
 
 @_triton.on_device
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep):
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep=False
+):
     out, final_state, carry = _empty(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep
     )
@@ -27,7 +29,9 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu
     return out, final_state, carry
 
 
-def _empty(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep):
+def _empty(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, return_final_state, keep=False
+):
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = (kernels.carried(u.shape[0], u.shape[2], sequences), *A.shape) if keep else (0,)
     return *autograd.outputs(u, A, cu_seqlens, return_final_state), u.new_empty(rows, dtype=torch.float32)
