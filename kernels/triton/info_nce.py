@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 1024**2  # of a block's logits, in float32
+BLOCK_BYTES = 96 * 1024**2  # of a block's logits, in float32
 LEAST_ROWS = 128  # of a block, whatever they take: the matrix products need them
 _FP16_SCALE = 4096.0  # of probabilities in float16, most of which would be subnormal
 

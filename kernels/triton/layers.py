@@ -17,7 +17,7 @@ from . import early, layers_few
 from .math import COMPILED, exp2, sigmoid, softplus
 
 AT_ONCE: tl.constexpr = tl.constexpr(6)  # positions of a context whose scan is a straight line of code
-CHANNELS = 8  # of one program of a scan of few contexts
+CHANNELS = 4  # of one program of a scan of few contexts
 UNIT: tl.constexpr = tl.constexpr(1e-3)  # a length this far from 1 is float16 rounding, and kept
 
 

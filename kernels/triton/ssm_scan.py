@@ -272,7 +272,7 @@ def _walk(
             if hT is not None:
                 if last == end:
                     tl.store(hT + (s * channels + d) * N + n, h, in_dn & there)
-        elif last < end:
+        else:
             row += segment // CHUNK if KEEP else 1
             tl.store(carry + (row * channels + d) * N + n, h, in_dn)
             tl.store(spans + (s * tl.num_programs(2) + part) * channels + d, total, in_d)
@@ -293,7 +293,9 @@ def _compose(
         h = tl.load(h0 + s * h_b + d * h_d + n * h_n, inside, 0.0).to(tl.float32)
     for part in range(parts - 1):
         at = carry + (s * rows_each + (part + 1) * rows_part) * channels * N + place
-        h = exp2(tl.load(spans + (s * parts + part) * channels + d, inside, 0.0) * a) * h + tl.load(at, inside, 0.0)
+        h = exp2(tl.load(spans + (s * (parts - 1) + part) * channels + d, inside, 0.0) * a) * h + tl.load(
+            at, inside, 0.0
+        )
         tl.store(at, h, inside)
 
 
@@ -324,7 +326,7 @@ class Tile(NamedTuple):
         lanes = 32 // max(1, NK // 4)  # along the channels
         # More threads than states: else the compiler takes their loads to be dear, and moves them about in memory.
         warps = 1 if padded < 32 else min(32, max(4, padded // 16))
-        return cls(lanes * warps * (2 if 64 <= padded < 256 else 1), padded // NK, NK, warps)
+        return cls(lanes * warps, padded // NK, NK, warps)
 
     @property
     def padded(self) -> int:
@@ -367,12 +369,12 @@ def ssm_scan(
     rows_part = segment // CHUNK.value if keep else 1
     spans = None
     if parts > 1:
-        spans = u.new_empty((shape.sequences, parts, shape.channels), dtype=torch.float32)
+        spans = u.new_empty((shape.sequences, parts - 1, shape.channels), dtype=torch.float32)
         if carry is None:
             carry = u.new_empty((shape.sequences * parts, shape.channels, shape.state), dtype=torch.float32)
 
     def walk(OUT: bool) -> None:
-        grid = (shape.units * blocks, triton.cdiv(shape.sequences, batches), parts)
+        grid = (shape.units * blocks, triton.cdiv(shape.sequences, batches), parts if OUT else parts - 1)
         _walk[grid](
             u, delta, A, B if spread[0] is None else spread[0], C if spread[1] is None else spread[1], D, z, delta_bias,
             initial_state, out, final_state, carry, spans, None if packed is None else packed.offsets,

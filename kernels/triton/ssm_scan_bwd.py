@@ -29,6 +29,7 @@ from .ssm_scan import CHUNK, Packed, Shape, carried, every_other, optional, ssm_
 from .ssm_scan_bwd_short import AGAIN, LN2, ONCE, is_short, short_bwd, short_tile
 
 BUSY = 1056  # programs of a warp: two for each scheduler of the device
+SUMS = 2 << 30  # bytes of the sums over channels, from where on programs take more channels in turn
 
 
 @triton.jit
@@ -202,11 +203,11 @@ def _long_bwd(
             into = ((block.to(tl.int64) * batch + b) * N + n) * total + t3
             added = (start + step3 < length) & (turn >= chunks)  # to what other channels left
             if TURNS > 1 and dB is not None and not B_CONSTANT:
-                old_dB = tl.load(dB + into, added, 0.0)
+                old_dB = tl.load(dB + into, added, 0.0).to(tl.float32)
             else:
                 old_dB = 0.0
             if TURNS > 1 and dC is not None and not C_CONSTANT:
-                old_dC = tl.load(dC + into, added, 0.0)
+                old_dC = tl.load(dC + into, added, 0.0).to(tl.float32)
             else:
                 old_dC = 0.0
 
@@ -338,7 +339,7 @@ def ssm_scan_bwd(
         batches = max(1, min(16, shape.batch * shape.units * blocks // 1024))
         parts = triton.cdiv(shape.batch, batches)
     else:
-        BD, S, K, TURNS, warps = long_tile(shape)
+        BD, S, K, TURNS, warps = long_tile(shape, 2 if B.dtype == torch.bfloat16 else 4)
         blocks = triton.cdiv(shape.per_unit, BD * TURNS)
         parts = carried(shape.batch, shape.length, None if packed is None else shape.sequences)
     if not short and carry is None:  # the forward kept nothing: once more
@@ -384,7 +385,7 @@ def _trivial_bwd(grad_out, grad_final_state, u, D, z, grads) -> None:
         dD.copy_((g * u.float()).sum((0, 2)))
 
 
-def long_tile(shape: Shape) -> tuple[int, int, int, int, int]:
+def long_tile(shape: Shape, bytes_each: int) -> tuple[int, int, int, int, int]:
     """Channels, lanes, steps a lane, turns, and warps. A chunk is shorter than `CHUNK` where it holds every sequence.
 
     In each turn a program takes other channels and adds to the sums over channels that it has already.
@@ -393,7 +394,8 @@ def long_tile(shape: Shape) -> tuple[int, int, int, int, int]:
     S = min(CHUNK.value // K, max(2, triton.next_power_of_2(triton.cdiv(shape.longest, K))))
     BD = min(2 * (CHUNK.value // K // S), triton.next_power_of_2(shape.per_unit))
     programs = shape.sequences * shape.units * triton.cdiv(shape.per_unit, BD)
-    return BD, S, K, max(1, min(8, programs // BUSY)), 1
+    sums = 2 * bytes_each * shape.units * triton.cdiv(shape.per_unit, BD) * shape.batch * shape.length * shape.state
+    return BD, S, K, max(1, min(triton.cdiv(sums, SUMS), programs // BUSY)), 1
 
 
 class _Sums:
@@ -404,10 +406,10 @@ class _Sums:
         self.gaps = gaps  # not all parts are written
         self.pending: list[tuple[Tensor, Tensor]] = []
 
-    def _buffer(self, grad: Tensor | None, *size: int) -> Tensor | None:
+    def _buffer(self, grad: Tensor | None, *size: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         if grad is None:
             return None
-        buffer = (self.u.new_zeros if self.gaps else self.u.new_empty)(size, dtype=torch.float32)
+        buffer = (self.u.new_zeros if self.gaps else self.u.new_empty)(size, dtype=dtype)
         self.pending.append((grad, buffer))
         return buffer
 
@@ -422,7 +424,10 @@ class _Sums:
         if M.ndim == 2:
             return self.states(grad)
         times = (self.shape.length, self.shape.state)
-        return self._buffer(grad, self.blocks, self.shape.batch, *(times if self.by_step else times[::-1]))
+        # A rounding to bfloat16 of every part is less than that of their sum; those of other dtypes stay whole.
+        dtype = torch.bfloat16 if M.dtype == torch.bfloat16 and not self.by_step else torch.float32
+        size = (self.blocks, self.shape.batch, *(times if self.by_step else times[::-1]))
+        return self._buffer(grad, *size, dtype=dtype)
 
     def add(self) -> None:
         for grad, buffer in self.pending:
@@ -430,6 +435,8 @@ class _Sums:
                 torch.sum(buffer, 0, out=grad)
                 continue
             groups = grad.shape[1] if grad.ndim == 4 else 1
-            whole = buffer.unflatten(0, (groups, -1)).sum(1).transpose(0, 1)  # [B, G, L, N] or [B, G, N, L]
+            whole = (
+                buffer.unflatten(0, (groups, -1)).sum(1, dtype=torch.float32).transpose(0, 1)
+            )  # [B, G, L, N] or [B, G, N, L]
             whole = whole.transpose(2, 3) if self.by_step else whole
             grad.copy_(whole.reshape(grad.shape))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -127,7 +126,7 @@ def _short_bwd(
     du_b, du_d, du_l, ddt_b, ddt_d, ddt_l, dz_b, dz_d, dz_l,
     batch, channels, N, per_unit, blocks, per_B, per_C, groups_B, groups_C, batches,
     L: tl.constexpr, K: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, PAD: tl.constexpr, BY_STEP: tl.constexpr,
+    BD: tl.constexpr, NI: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     # Lanes lie along the last axis first, then along the channels, as do warps: a thread holds all of the middle one
     # and R channels.
@@ -228,14 +227,6 @@ def _short_bwd(
                     sum_B += dh * dxs[j]
                 else:
                     over = over + (_thread_sum(dh * dxs[j], R),)
-            if EACH > 0 and BY_STEP:
-                rows = _over_channels(over, EACH, 2)
-                over = ()
-                at = ((block.to(tl.int64) * batch + b) * L + j) * N + n
-                if dC is not None and not C_CONSTANT:
-                    _store_in_turn(dC + at, rows[0], in_n & there, turn, (2 * j) % X)
-                if dB is not None and not B_CONSTANT:
-                    _store_in_turn(dB + at, rows[EACH - 1], in_n & there, turn, (2 * j + 1) % X)
             through_B = (_over_states(dh * B_t),) + through_B
             h = states[j]
             if j > 0 or h0 is not None:
@@ -250,7 +241,7 @@ def _short_bwd(
             through_A = through_A + (through_A[0],)
             if dz is not None:
                 ys = ys + (ys[0],)
-        if EACH > 0 and not BY_STEP:
+        if EACH > 0:
             rows = _over_channels(over, L * EACH, 8)
             for j in tl.static_range(L):
                 at = ((block.to(tl.int64) * batch + b) * L + j) * N + n
@@ -289,18 +280,12 @@ def is_short(shape: Shape, packed: Packed | None) -> bool:
 
 
 class ShortTile(NamedTuple):
-    """What a program has.
-
-    Channels, state dimensions a thread and along lanes, warps, at most so many registers a thread (None: as the
-    compiler has it), and whether sums over channels are taken step by step instead of for all steps at once.
-    """
+    """Channels, state dimensions a thread and along lanes, and warps of a program."""
 
     BD: int
     NI: int
     NK: int
     warps: int
-    registers: int | None
-    by_step: bool
 
     @property
     def held(self) -> int:
@@ -308,29 +293,15 @@ class ShortTile(NamedTuple):
         return max(1, self.BD // (max(1, 32 // max(1, self.NK // 4)) * self.warps))
 
 
-# At 128 state dimensions: how many are along lanes, channels a thread, warps, registers, by step.
-VARIANTS = {
-    "wide": (128, 4, 8, None, False),
-    "wide16": (64, 2, 8, None, False),
-    "narrow": (128, 2, 8, 128, True),
-    "narrow_late": (128, 2, 8, 128, False),
-    "tall": (128, 2, 16, 128, True),
-}
-VARIANT = "wide"
-
-
 def short_tile(shape: Shape) -> ShortTile:
     """More threads than state dimensions: the compiler takes loads of fewer elements than threads to be cheap."""
-    most, held, warps, registers, by_step = VARIANTS[VARIANT]
     padded = triton.next_power_of_2(shape.state)
-    NK = min(most, padded)
+    NK = min(128, padded)
+    warps = 4 if padded < 128 else 8 if padded == 128 else 16
+    held = max(1, padded // 16) if padded < 128 else 4 if padded == 128 else 1
     lanes = max(1, 32 // max(1, NK // 4))  # along the channels
-    if padded < 128:
-        warps, held, registers = 4, max(1, padded // 16), None
-    elif padded > 128:
-        warps, held, registers = 16, 1, None
     BD = min(held * lanes * warps, triton.next_power_of_2(shape.per_unit))
-    return ShortTile(BD, padded // NK, NK, warps, registers, by_step)
+    return ShortTile(BD, padded // NK, NK, warps)
 
 
 def short_bwd(
@@ -347,13 +318,12 @@ def short_bwd(
             B, C, *room, *strides(B), *strides(C), *groups, shape.length, shape.state, shape.length,
             T=K, NP=tile.NI * tile.NK, num_warps=4,
         )  # fmt: skip
-    options = {} if tile.registers is None or torch.version.hip is not None else {"maxnreg": tile.registers}
     # As many elements as threads, or the compiler has every thread load and compute all that it needs for itself.
     pad = max(1, 32 * tile.warps // (tile.BD * K))
     blocks = triton.cdiv(shape.per_unit, tile.BD)
     _short_bwd[(triton.cdiv(shape.batch, batches), shape.units * blocks)](
         u, delta, A, *(M if into is None else into for M, into in zip((B, C), room, strict=True)), *others,
         *into, *steps, shape.batch, *sizes, *groups, batches, L=shape.length, K=K,
-        BD=tile.BD, NI=tile.NI, NK=tile.NK, R=tile.held, PAD=pad, BY_STEP=tile.by_step,
-        num_warps=tile.warps, **options, **flags,
+        BD=tile.BD, NI=tile.NI, NK=tile.NK, R=tile.held, PAD=pad,
+        num_warps=tile.warps, **flags,
     )  # fmt: skip
