@@ -78,7 +78,9 @@ def test_matches_the_oracle(case):
 
 @pytest.mark.parametrize("weights", [torch.float32, None], ids=["float32-weights", "all-half"])
 @pytest.mark.parametrize("dtype", list(HALF), ids=str)
-@pytest.mark.parametrize("case", cases([*HALF_CASES, Scan(batch=1, channels=2, length=11, state=4)]), ids=str)
+@pytest.mark.parametrize(
+    "case", cases([*(HALF_CASES if ON_GPU else HALF_CASES[:2]), Scan(batch=1, channels=2, length=11, state=3)]), ids=str
+)
 def test_half_precision(case, dtype, weights):
     weights = weights or dtype
     (out, final), grads = gradients(case, dtype, weights)
@@ -217,7 +219,7 @@ def test_a_program_of_the_backward_has_channels_in_turn(monkeypatch):
     _check_packed(Scan(channels=40, state=2), (0, 9))
 
 
-@pytest.mark.parametrize("case", [Scan(channels=40), Scan(channels=40, state=1, length=11)], ids=str)
+@pytest.mark.parametrize("case", [Scan(channels=40), Scan(channels=20, state=1, length=11)], ids=str)
 def test_same_bits_every_time(case):
     def bits():
         outputs, grads = gradients(case)
@@ -226,7 +228,7 @@ def test_same_bits_every_time(case):
     assert bits() == bits()
 
 
-@pytest.mark.parametrize(("name", "value"), extremes(GRADIENTS))
+@pytest.mark.parametrize(("name", "value"), every(2, extremes(GRADIENTS)))
 def test_extreme_values_do_not_crash_and_stay_in_their_batch(name, value):
     case = Scan(state=16, length=8)
     inputs = case.inputs()
