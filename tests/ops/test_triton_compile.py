@@ -17,7 +17,7 @@ TUNED = [call.name for call in compiled_calls.CALLS if call.tuned]
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program can have
 # Bytes that a thread keeps in local memory all the same. _walk has 16 warps at N = 256, to which 128 registers are all
 # there are.
-SPILLS = {"_walk": 72, "_long_bwd": 96}
+SPILLS = {"_walk": 72, "_long_bwd": 72}
 found = functools.cache(compiled_calls.in_a_process)
 
 
