@@ -342,7 +342,7 @@ def ssm_scan_bwd(
         BD, S, K, TURNS, warps = long_tile(shape, 2 if B.dtype == torch.bfloat16 else 4)
         blocks = triton.cdiv(shape.per_unit, BD * TURNS)
         parts = carried(shape.batch, shape.length, None if packed is None else shape.sequences)
-    if not short and carry is None:  # the forward kept nothing: once more
+    if not short and carry is None and shape.longest > CHUNK.value:  # the forward kept nothing: once more
         carry = u.new_empty((parts, shape.channels, shape.state), dtype=torch.float32)
         args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, packed)
         ssm_scan(*args, torch.empty_like(u), None, carry)
@@ -356,7 +356,7 @@ def ssm_scan_bwd(
         back = u.new_empty((shape.sequences, shape.channels, shape.state), dtype=torch.float32)
         offsets = None if packed is None else packed.offsets
         _long_bwd[(shape.units * blocks, shape.sequences)](
-            *inputs, carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
+            *inputs, back if carry is None else carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
             triton.cdiv(shape.length, CHUNK.value), BD=BD, S=S, K=K, TURNS=TURNS, num_warps=warps, **flags,
         )  # fmt: skip
     sums.add()

@@ -12,7 +12,14 @@ from .oracle import relative_error
 from .steps import Ssm, truth
 
 pytestmark = needs_triton
-CASES = [Ssm(), Ssm(state=300), Ssm(state=1, channels=7, C="bn"), Ssm(B=2, C=4), Ssm(options=()), Ssm(batch=1, state=128)]
+CASES = [
+    Ssm(),
+    Ssm(state=300),
+    Ssm(state=1, channels=7, C="bn"),
+    Ssm(B=2, C=4),
+    Ssm(options=()),
+    Ssm(batch=1, state=128),
+]
 
 
 def _advance(inputs):

@@ -61,5 +61,7 @@ _call = _direct.unless_watched(autograd.define(f"ssm_scan{_triton.SUFFIX}", _sca
 
 
 def run(*args: Any) -> tuple[Tensor, Tensor]:
-    out, final_state, _ = _call(*args, autograd.recorded(args))
+    # A sequence of one chunk has nothing to keep. A compiler would take the question for a promise about the length.
+    more = torch.compiler.is_compiling() or args[0].shape[2] > kernels.CHUNK.value
+    out, final_state, _ = _call(*args, more and autograd.recorded(args))
     return out, final_state
