@@ -355,8 +355,9 @@ def ssm_scan_bwd(
     else:
         back = u.new_empty((shape.sequences, shape.channels, shape.state), dtype=torch.float32)
         offsets = None if packed is None else packed.offsets
+        carry = back if carry is None else carry  # of one chunk it is never read
         _long_bwd[(shape.units * blocks, shape.sequences)](
-            *inputs, back if carry is None else carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
+            *inputs, carry, back, offsets, *into, *steps, shape.longest, shape.length, *sizes,
             triton.cdiv(shape.length, CHUNK.value), BD=BD, S=S, K=K, TURNS=TURNS, num_warps=warps, **flags,
         )  # fmt: skip
     sums.add()
