@@ -27,7 +27,7 @@ from fastlvm.files import atomic_file, write_json
 from gpu_case import OURS, Arrays, Case
 from gpu_cases import CASES
 from gpu_rivals import Contender, contenders, versions
-from gpu_table import markdown
+from gpu_table import gpu_file_name, markdown
 from gpu_timing import Device, Timed, ceilings, clock, describe, prepare, release, rounds
 
 RESULTS = Path(__file__).with_name("results")
@@ -172,8 +172,7 @@ class Run:
 
 def save(folder: Path, data: dict[str, Any]) -> Path:
     """Both files; the path of the JSON one."""
-    slug = "-".join(re.findall(r"[a-z0-9]+", data["device"]["name"].lower()))
-    path = folder / f"gpu-{slug}.json"
+    path = folder / f"{gpu_file_name(data)}.json"
     write_json(path, data)
     with atomic_file(path.with_suffix(".md")) as target:
         target.write_text(markdown(data), encoding="utf-8")

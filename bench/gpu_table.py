@@ -7,6 +7,7 @@ place of those of an earlier one.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 
 TOLERANCE = {"bf16": 3e-2, "fp32": 5e-3}  # above it a result is called wrong
 OURS = "fastlvm"
-_TIMES = ("row", "contender", "median, µs", "p10 to p90, µs", "÷ fastlvm", "error", "launches", "from Python, µs")
-_TIMES += ("extra, MB",)
-_BOUNDS = ("row", "least work", "memory, µs", "exponentials, µs", "products, µs", "fastlvm, µs", "share", "MHz")
+
+
+def gpu_file_name(data: dict[str, Any]) -> str:
+    """Without an ending: after the device."""
+    return "-".join(["gpu", *re.findall(r"[a-z0-9]+", data["device"]["name"].lower())])
 
 
 def markdown(data: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import forward_table
 import gate_table
+import gpu_table
 import quality
 import recipe
 import table
@@ -27,12 +28,16 @@ def test_committed_results_print_as_committed_under_the_name_of_their_machine(pa
     print_ = {
         "forward": forward_table.markdown,
         "gate": gate_table.markdown,
+        "gpu": gpu_table.markdown,
         "kernels": table.markdown,
         "quality": quality.markdown,
         "recipe": recipe.markdown,
     }[kind]
     assert print_(data) == path.with_suffix(".md").read_text(encoding="utf-8")
-    assert path.stem == (f"{kind}-{data['corpus']}" if kind in ("quality", "recipe") else file_name(kind, data))
+    if kind == "gpu":
+        assert path.stem == gpu_table.gpu_file_name(data)
+    else:
+        assert path.stem == (f"{kind}-{data['corpus']}" if kind in ("quality", "recipe") else file_name(kind, data))
 
 
 @pytest.mark.parametrize(
