@@ -28,6 +28,7 @@ ARROWS = {
 EVERYBODY = {"errors", "files", "_C", "__version__"}
 EXTRA = {  # module -> what it may import on top
     "predictor/export.py": {"training", "models"},
+    "predictor/cuda.py": {"kernels"},
     "predictor/cuda_layers.py": {"kernels"},
     "predictor/cuda_search.py": {"kernels"},
 }

@@ -401,7 +401,10 @@ def test_export(op, case, lengths):
 
 def test_explain_knows_the_argument():
     inputs = _inputs(Conv(), (2, 3))
-    assert [v.ok for v in fastlvm.explain("causal_conv1d", **inputs)] == [True, True]
+    assert {v.backend: v.ok for v in fastlvm.explain("causal_conv1d", **inputs)}.items() >= {
+        ("cpu", True),
+        ("reference", True),
+    }
     with pytest.raises(ValueError, match="batch size 2"):
         fastlvm.explain("causal_conv1d", **{**inputs, "x": inputs["x"].expand(2, -1, -1)})
 

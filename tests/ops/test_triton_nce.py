@@ -118,7 +118,7 @@ def test_blocks_are_of_a_size():
         assert 1 <= rows <= batch
         assert rows <= LEAST_ROWS or 4 * rows * keys <= BLOCK_BYTES
         assert rows == batch or rows % LEAST_ROWS == 0
-    assert _rows_of_a_block(32768, 32768) == 512
+    assert _rows_of_a_block(32768, 32768) == 768
 
 
 def test_the_mean_over_no_query_is_nan():
