@@ -22,6 +22,7 @@ from gpu_rivals import Contender
 _GRAPHED = 2.0  # ms: calls shorter than this are timed as a graph of one call for every set of inputs
 _SLOW = 200.0  # ms: calls that take longer are warm enough after the one whose result was judged
 _LONG = 5.0  # ms: calls longer than this have fewer than LAUNCHES
+_ONCE_EACH = 2000.0  # ms that a call for every set of inputs may take
 LAUNCHES = 100
 _LEAST = 3
 
@@ -99,6 +100,8 @@ def prepare(device: Device, one: Contender, sets: Sequence[Arrays], seconds: flo
     if expected > _LONG:
         timed.rounds = max(_LEAST, min(LAUNCHES, int(1e3 * seconds / expected)))
     if not device.gpu or expected > _GRAPHED:
+        if expected * len(given) < _ONCE_EACH:
+            _on_every_set(device, one, given)
         return timed
     timed.host_us = _host(device, timed.run)
     try:
@@ -108,6 +111,16 @@ def prepare(device: Device, one: Contender, sets: Sequence[Arrays], seconds: flo
         device.synchronize()  # raises again where the device itself is in error
         timed.how = f"events; no graph: {str(error).splitlines()[0][:120]}"
     return timed
+
+
+def _on_every_set(device: Device, one: Contender, given: Sequence[Arrays]) -> None:
+    """One call each, waited for: whoever reaches outside its memory is named, before the rounds mix the calls."""
+    try:
+        for arrays in given:
+            one.call(arrays)
+            device.synchronize()
+    except Exception as error:
+        raise RuntimeError(f"{one.name}: {str(error).splitlines()[0]}") from error
 
 
 def _graph(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
