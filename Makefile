@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What the kernels were tuned and measured with. A torch for CUDA asks for a version of its own, hence apart from it.
+TRITON := "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 OUT ?= demo
 BENCH ?=
 CASES ?= 10000
@@ -89,4 +91,5 @@ $(READY): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	$(INSTALL) --no-build-isolation --editable ".[dev]"
+	$(INSTALL) --no-deps $(TRITON) || echo "$(TRITON) could not be installed: what tests its kernels will be skipped" >&2
 	@touch $@

@@ -83,8 +83,7 @@ def test_half_precision(case, dtype, weights):
     assert relative_error(final, true_final) <= FORWARD
     for name, grad in grads.items():
         assert grad.dtype == case.inputs(dtype, weights)[name].dtype
-        limit = 5 * rtol if name in ("A", "dt", "dt_bias") else rtol  # those are differences
-        assert relative_error(grad, true_grads[name]) <= limit, name
+        assert relative_error(grad, true_grads[name]) <= rtol, name
 
 
 def test_every_array_has_a_dtype_of_its_own():
