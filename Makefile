@@ -91,5 +91,5 @@ $(READY): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	$(INSTALL) --no-build-isolation --editable ".[dev]"
-	$(INSTALL) --no-deps $(TRITON) || echo "$(TRITON) could not be installed: what tests its kernels will be skipped" >&2
+	$(INSTALL) --no-deps $(TRITON) || echo "Triton could not be installed: what tests its kernels is skipped" >&2
 	@touch $@
