@@ -25,7 +25,7 @@ class Loss {
   explicit Loss(const InfoNce& in)
       : in_(in),
         gradients_(given(in.dqueries) || given(in.dkeys)),
-        tiles_(in, gradients_),
+        tiles_(in, gradients_, given(in.dkeys)),
         most_(tiles_.chunks() * tiles_.block()),
         sums_(tiles_.chunks() * tiles_.block()),
         positives_(in.batch),
@@ -40,7 +40,7 @@ class Loss {
       if (!gradients_) return;
       tiles_.share(tiles_.chunks(), [&](int64_t chunk) {
         weigh(chunk);
-        if (given(in_.dkeys)) tiles_.add_to_keys(in_.dkeys, tiles_.logits_of(chunk), chunk);
+        tiles_.pass_on(in_.dkeys, in_.dqueries, tiles_.logits_of(chunk), chunk);
       });
       if (given(in_.dqueries)) tiles_.sum_over_keys(in_.dqueries);
     });
@@ -158,7 +158,7 @@ class Gradient {
   explicit Gradient(const InfoNceBwd& args)
       : args_(args),
         in_(args.forward),
-        tiles_(in_, given(args.dqueries)),
+        tiles_(in_, given(args.dqueries), given(args.dkeys)),
         weights_(in_.batch),
         query_weights_(tiles_.block() + Tiles<V>::width, T(0)),
         query_sums_(tiles_.block() + Tiles<V>::width, T(0)) {}
@@ -174,7 +174,7 @@ class Gradient {
       tiles_.share(tiles_.chunks(), [&](int64_t chunk) {
         T* const logits = tiles_.score(chunk);
         weigh(logits, chunk);
-        if (given(args_.dkeys)) tiles_.add_to_keys(args_.dkeys, logits, chunk);
+        tiles_.pass_on(args_.dkeys, args_.dqueries, logits, chunk);
       });
       if (given(args_.dqueries)) tiles_.sum_over_keys(args_.dqueries);
     });

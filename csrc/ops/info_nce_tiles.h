@@ -7,6 +7,7 @@
 #include "common/labels.h"
 #include "common/panels.h"
 #include "common/vmath.h"
+#include "ops/info_nce_halves.h"
 #include "ops/kernels.h"
 
 namespace fastlvm::FASTLVM_ISA::nce {
@@ -40,15 +41,17 @@ class Tiles {
   static constexpr int64_t width = panel_width<V>;
   static constexpr T lowest = T(-3e38);  // below every logit, but for those left out: exp2(-inf - lowest) is 0
 
-  // `kept`: logits stay for all keys of a block, not only while a chunk is worked on.
-  Tiles(const InfoNce& in, bool kept)
+  // `kept`: logits stay for all keys of a block, not only while a chunk is worked on. `to_keys`: whether the keys'
+  // gradient is wanted.
+  Tiles(const InfoNce& in, bool kept, bool to_keys)
       : in_(in),
         cut_(in, width, sizeof(T), kept),
         kept_(kept),
         seats_(threads_of_job()),
         same_seats_(seats_),
-        panels_(div_up(in.dim, width)),
-        across_(cut_.block * in.dim),
+        halves_(in, cut_.block, cut_.chunk, seats_, to_keys),
+        panels_(halves_.used() ? 0 : div_up(in.dim, width)),
+        across_(halves_.used() ? 0 : cut_.block * in.dim),
         along_(panels_ * cut_.block * width),
         keys_(seats_ * keys_size()),
         logits_((kept ? in.keys_count : seats_ * cut_.chunk) * cut_.pitch),
@@ -87,10 +90,14 @@ class Tiles {
   T* score(int64_t chunk) {
     T* const keys = keys_ + seat_of_thread() * keys_size();
     T* const out = logits_of(chunk);
-    pack_panels<V>(keys, cut_.chunk, in_.keys, begin(chunk), count(chunk), 0, in_.dim);
-    for (int64_t panel = 0; panel < lane_panels(); ++panel)
-      multiply_panel<V>(count(chunk), in_.dim, {keys, width, 1, width, cut_.chunk * width},
-                        across_ + panel * in_.dim * width, {out + panel * width, cut_.pitch, width, false});
+    if (halves_.used()) {
+      halves_.score(out, cut_.pitch, begin(chunk), count(chunk), rows_);
+    } else {
+      pack_panels<V>(keys, cut_.chunk, in_.keys, begin(chunk), count(chunk), 0, in_.dim);
+      for (int64_t panel = 0; panel < lane_panels(); ++panel)
+        multiply_panel<V>(count(chunk), in_.dim, {keys, width, 1, width, cut_.chunk * width},
+                          across_ + panel * in_.dim * width, {out + panel * width, cut_.pitch, width, false});
+    }
     const int64_t padded = round_up(rows_, V::width);
     for (int64_t j = 0; j < count(chunk); ++j)
       for (int64_t i = rows_; i < padded; ++i) out[j * cut_.pitch + i] = T(-INFINITY);
@@ -109,16 +116,15 @@ class Tiles {
     for (int64_t i = from; i < to; ++i) f(logits + (i - begin(chunk)) * cut_.pitch + i - first_, i - first_);
   }
 
-  // dkeys of a chunk from the gradients of its logits
-  void add_to_keys(const TensorView& dkeys, const T* dlogits, int64_t chunk) const {
-    T* const out = static_cast<T*>(dkeys.data) + begin(chunk) * in_.dim;
-    for (int64_t p = 0; p < panels_; ++p)
-      multiply_panel<V>(count(chunk), rows_, {dlogits, cut_.pitch, 1}, along_ + p * cut_.block * width,
-                        {out + p * width, in_.dim, smaller(width, in_.dim - p * width), first_ > 0});
+  // The gradients of a chunk's logits go where they are wanted: to the keys at once, to the queries by `sum_over_keys`.
+  void pass_on(const TensorView& dkeys, const TensorView& dqueries, T* dlogits, int64_t chunk) const {
+    if (given(dkeys)) add_to_keys(dkeys, dlogits, chunk);
+    if (halves_.used() && given(dqueries)) halves_.turn(dlogits, cut_.pitch, count(chunk), rows_, seat_of_thread());
   }
 
   // dqueries of the block from the gradients of all logits, which were kept
   void sum_over_keys(const TensorView& dqueries) const {
+    if (halves_.used()) return sum_over_pairs(dqueries);
     const int64_t wanted = seats_ == 1 ? 1 : 2 * seats_;
     const int64_t panels = larger(1, panels_ / wanted), columns = div_up(panels_, panels);
     const int64_t rows = round_up(div_up(rows_, div_up(wanted, larger(1, columns))), panel_rows<V>);
@@ -138,11 +144,34 @@ class Tiles {
   }
 
  private:
+  void add_to_keys(const TensorView& dkeys, const T* dlogits, int64_t chunk) const {
+    T* const out = static_cast<T*>(dkeys.data) + begin(chunk) * in_.dim;
+    if (halves_.used())
+      return halves_.add_to_keys(out, dlogits, cut_.pitch, count(chunk), rows_, first_ > 0, seat_of_thread());
+    for (int64_t p = 0; p < panels_; ++p)
+      multiply_panel<V>(count(chunk), rows_, {dlogits, cut_.pitch, 1}, along_ + p * cut_.block * width,
+                        {out + p * width, in_.dim, smaller(width, in_.dim - p * width), first_ > 0});
+  }
+
+  // The same where the gradients lie turned, in pairs of keys.
+  void sum_over_pairs(const TensorView& dqueries) const {
+    constexpr int64_t unit = 2 * block_outputs;  // the widest tile of a product
+    const int64_t columns = round_up(div_up(in_.dim, seats_ == 1 ? 1 : 2 * seats_), unit);
+    share(div_up(in_.dim, columns), [&](int64_t task) {
+      const int64_t column = task * columns, count_of = smaller(columns, in_.dim - column);
+      T* const out = static_cast<T*>(dqueries.data) + first_ * in_.dim;
+      for (int64_t c = 0; c < chunks(); ++c)
+        halves_.add_to_queries(out, logits_of(c), begin(c), count(c), rows_, column, count_of, c > 0, seat_of_thread());
+    });
+  }
+
   int64_t keys_size() const { return panels_ * smaller(most_keys, in_.keys_count) * width; }
 
   // A panel of lanes of the block: along D as read, across it in units of the logits.
   void read_queries(int64_t panel) {
     const int64_t i = panel * width, rows = smaller(width, rows_ - i);
+    find_labels(i, rows);
+    if (halves_.used()) return halves_.read_queries(i, i + width, first_, rows_);
     T* const across = across_ + i * in_.dim;
     pack_panels<V>(along_ + i * width, cut_.block, in_.queries, first_ + i, rows, 0, in_.dim);
     if (rows < width) fill_zero(across, in_.dim * width);
@@ -151,6 +180,9 @@ class Tiles {
                    smaller(width, in_.dim - p * width));
     const V scale = V::set1(static_cast<T>(in_.scale * log2e));
     for (int64_t k = 0; k < in_.dim * width; k += V::width) (scale * V::load(across + k)).store(across + k);
+  }
+
+  void find_labels(int64_t i, int64_t rows) {
     if (!in_.query_labels) return;
     for (int64_t g = 0; g < in_.label_columns; ++g)
       for (int64_t r = i; r < i + rows; ++r)
@@ -192,7 +224,8 @@ class Tiles {
   const bool kept_;
   const int seats_;
   const ThreadCount same_seats_;  // every job has as many threads as there is scratch for
-  const int64_t panels_;          // of D
+  const Halves<V> halves_;
+  const int64_t panels_;  // of D, 0 where pairs are multiplied
   int64_t first_ = 0, rows_ = 0;
   Buffer<T> across_;  // [lane panels, D, width]: queries times scale / ln 2
   Buffer<T> along_;   // [panels, block, width]: queries

@@ -137,6 +137,7 @@ struct InfoNce {
   TensorView total;       // [], the sum of the losses
   // [1, B], of the queries' sums; [2, B] where symmetric: the keys' second. Base 2.
   TensorView log_sums;
+  const Product* bf16;  // how rows of bfloat16 are multiplied as they are; null where they are not
   // Gradients of `total`, where they are wanted; not where symmetric: there InfoNceBwd alone has them.
   TensorView dqueries, dkeys;  // [B, D], [M, D]
 };

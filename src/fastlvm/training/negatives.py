@@ -153,10 +153,23 @@ def false_negatives(batch: Batch, candidates: Tensor, articles: Tensor, groups: 
     Always the rows of the target's duplicate group. "article" adds the rows of its article; "group" adds the window's
     own context and its duplicates, which retrieval excludes as well.
     """
-    own = groups[candidates]  # [M]
-    masked = own == groups[batch.target][:, None]
     if rule == "article":
-        return masked | (articles[candidates] == articles[batch.target][:, None])
-    for position in range(batch.context.shape[1]):
-        masked |= own == groups[batch.context[:, position]][:, None]
-    return masked
+        of_article = _among(articles[candidates], articles[batch.target][:, None])
+        return of_article | _among(groups[candidates], groups[batch.target][:, None])
+    return _among(groups[candidates], groups[batch.rows])
+
+
+def _among(labels: Tensor, wanted: Tensor) -> Tensor:
+    """bool [B, M]: which of the labels [M] are among a row of wanted [B, K]; labels are not negative, and few are."""
+    asked = torch.zeros(int(wanted.max()) + 1, dtype=torch.bool)
+    asked[wanted] = True
+    near = torch.nonzero((labels < len(asked)) & asked[labels.clamp(max=len(asked) - 1)]).squeeze(1)
+    ordered, places = torch.sort(labels[near])
+    first = torch.searchsorted(ordered, wanted)
+    counts = (torch.searchsorted(ordered, wanted, right=True) - first).reshape(-1)
+    shift = first.reshape(-1) - (counts.cumsum(0) - counts)  # from a run's place among all found to that in order
+    at = torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
+    rows = torch.arange(len(wanted)).repeat_interleave(wanted.shape[1]).repeat_interleave(counts)
+    found = torch.zeros(len(wanted), len(labels), dtype=torch.bool)
+    found[rows, near[places[at]]] = True
+    return found

@@ -50,10 +50,11 @@ class Objective(nn.Module):
         self.projection = Projection(vectors.shape[1]) if mlp else None
         self.parallel: tuple[Callable[[Tensor], Tensor], ...] = ()  # the projection as several processes call it
         self.tower = () if tower is None else (tower,)  # no part of this module either
+        self.dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32  # of what InfoNCE multiplies
         # plain attributes: the payload is no part of a checkpoint
         self.vectors, self.negatives = vectors, negatives
         pool = self.contrastive and negatives.pooled and not negatives.drawn
-        self.pool_vectors = vectors[negatives.pool] if pool else None
+        self.pool_vectors = self._candidates(negatives.pool) if pool else None
 
     def forward(self, predicted: Tensor, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """predicted [B, D], L2-normalised. generator: draws hard negatives; None leaves out what training alone has."""
@@ -63,10 +64,10 @@ class Objective(nn.Module):
             return Loss(cosine + F.mse_loss(predicted, target), None, cosine)
         rows, masked = self.negatives.candidates(batch, generator)
         keys = self._keys(rows, len(batch.target))
-        cosine = _distance(predicted, keys[: len(batch.target)])
+        cosine = _distance(predicted, keys[: len(batch.target)] if self.tower else self.vectors[batch.target])
         infonce = self._infonce(predicted, keys, masked)
         weight = 1.0 if self.options.objective == "infonce" else self.options.infonce_weight
-        count = float((~masked).sum()) / max(1, len(masked)) - 1
+        count = (masked.numel() - int(masked.count_nonzero())) / max(1, len(masked)) - 1
         return Loss(weight * infonce + (1 - weight) * cosine, infonce, cosine, count)
 
     def _infonce(self, predicted: Tensor, keys: Tensor, masked: Tensor) -> Tensor:
@@ -74,20 +75,26 @@ class Objective(nn.Module):
         if self.projection is not None:
             queries = self.parallel[0](predicted) if self.parallel else self.projection(predicted)
             with torch.no_grad():  # the target branch teaches and does not learn
-                keys = self.projection(keys)
-        return info_nce(queries, keys, self.options.temperature, mask=masked)
+                keys = self.projection(keys.float())
+        return info_nce(queries.to(self.dtype), keys.to(self.dtype), self.options.temperature, mask=masked)
 
     def _keys(self, rows: Tensor, targets: int) -> Tensor:
         """Vectors of candidates; those of the pool are at hand."""
         if self.pool_vectors is None:
-            vectors = self.vectors[rows]
+            vectors = self._candidates(rows)
         else:
             end = targets + len(self.pool_vectors)
-            vectors = torch.cat([self.vectors[rows[:targets]], self.pool_vectors, self.vectors[rows[end:]]])
+            parts = self._candidates(rows[:targets]), self.pool_vectors, self._candidates(rows[end:])
+            vectors = torch.cat(parts)
         for tower in self.tower:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.precision == "bf16"):
                 vectors = tower(vectors).float()
         return vectors
+
+    def _candidates(self, rows: Tensor) -> Tensor:
+        """Vectors as InfoNCE multiplies them, or as a tower reads them."""
+        vectors = self.vectors[rows]
+        return vectors if self.tower else vectors.to(self.dtype)
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:

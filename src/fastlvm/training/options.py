@@ -51,7 +51,8 @@ class TrainOptions:
     context_dropout    probability that a window's last 1–3 context vectors are set to zero.
     span_corruption    probability that one context vector is replaced by one of another training article.
     reverse            train and validate on articles read backwards: the control for a model's sense of direction.
-    precision          "bf16": matrix products of the model under torch's autocast; weights stay float32.
+    precision          "bf16": matrix products of the model under torch's autocast, those of InfoNCE in bfloat16 with
+                       sums in float32; weights stay float32.
     compile            run the model through torch.compile.
     deterministic      refuse torch operations whose bits change from run to run.
     ema                decay of an exponential average of the weights, which is then evaluated and kept; 0 is off.
