@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import contenders
@@ -19,6 +20,9 @@ from paired import Contender, measure
 from results import figures
 
 PUBLISHED = (256, 4096, 32768)
+DTYPES = (torch.float32, torch.bfloat16)
+# Of bfloat16, whose logits F.cross_entropy rounds: what both then agree to.
+HALF_LOSS, HALF_GRADIENT = 1e-2, 1e-1
 CROSSING = (64, 512, 1024, 2048)
 _DENSE_PEAK = 3.2  # arrays of all logits
 
@@ -26,11 +30,13 @@ _DENSE_PEAK = 3.2  # arrays of all logits
 def _measured(benchmark: Any, case: Nce, passes: Any, names: list[str], threads: int, plan: Any) -> list[Contender]:
     made = [Contender(name, passes(name, case), threads, contenders.BEST, decisive=True) for name in names]
     first: tuple[Tensor, ...] | None = None
+    whole = case.dtype == torch.float32
+    limits = (contenders.FORWARD, contenders.GRADIENT) if whole else (HALF_LOSS, HALF_GRADIENT)
     for one in made:
         found = one.trial()
         first = first or found
         for i, (got, wanted) in enumerate(zip(found, first, strict=True)):
-            assert contenders.relative(got, wanted) <= (contenders.GRADIENT if i else contenders.FORWARD), one.name
+            assert contenders.relative(got.float(), wanted.float()) <= limits[min(i, 1)], one.name
         benchmark.extra_info[f"loss by {one.name}"] = float(found[0])
     del first, found
     measure(benchmark, made[0], made[1:], plan)
@@ -51,24 +57,26 @@ def _report(benchmark: Any, lines: list[str], title: str, made: list[Contender],
 
 
 @pytest.mark.parametrize("rows", PUBLISHED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.benchmark(group="info_nce")
-def test_with_gradients(rows, benchmark, threads, plan, lines):
-    case, most = Nce(rows), threads[-1]
+def test_with_gradients(rows, dtype, benchmark, threads, plan, lines):
+    case, most = Nce(rows, dtype=dtype), threads[-1]
     names = [AUTO, TORCH] if rows > 4096 else list(LOSSES)
-    reason = memory.too_large(_DENSE_PEAK * 4 * rows * rows)
+    reason = memory.too_large(_DENSE_PEAK * dtype.itemsize * rows * rows)
     if reason:
         names.remove(TORCH)
-        lines.append(f"{rows} rows: {TORCH} is left out, {reason}")
+        lines.append(f"{case}: {TORCH} is left out, {reason}")
     peaks = {name: memory.of_loss(name, case, most) for name in names}
     made = _measured(benchmark, case, nce_losses.with_gradients, names, most, plan)
-    _report(benchmark, lines, f"{rows} x {case.dim}, {most} threads", made, peaks)
+    _report(benchmark, lines, f"{case}, {most} threads", made, peaks)
 
 
 @pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "forward"])
 @pytest.mark.parametrize("rows", CROSSING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.benchmark(group="info_nce, where auto changes over")
-def test_where_auto_changes_over(rows, gradient, benchmark, threads, plan, lines):
-    case, passes = Nce(rows), nce_losses.with_gradients if gradient else nce_losses.alone
+def test_where_auto_changes_over(rows, dtype, gradient, benchmark, threads, plan, lines):
+    case, passes = Nce(rows, dtype=dtype), nce_losses.with_gradients if gradient else nce_losses.alone
     names = [CPU, "fastlvm, reference"]
     for n in threads:
         if n == threads[-1]:
@@ -81,4 +89,4 @@ def test_where_auto_changes_over(rows, gradient, benchmark, threads, plan, lines
                 for one in made:
                     one.time(plan)
         kind = "gradient" if gradient else "forward"
-        _report(benchmark, lines, f"{rows} x {case.dim}, {n} threads, {kind}", made, {})
+        _report(benchmark, lines, f"{case}, {n} threads, {kind}", made, {})

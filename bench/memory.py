@@ -1,7 +1,7 @@
 """How much memory a pass takes at its peak, in a process of its own.
 
     python bench/memory.py BATCH CHANNELS LENGTH STATE THREADS      the backward of ssm_scan
-    python bench/memory.py LOSS ROWS DIM THREADS                    forward and backward of a loss of nce_losses.py
+    python bench/memory.py LOSS ROWS DIM DTYPE THREADS              forward and backward of a loss of nce_losses.py
 
 The peak of the resident set (VmHWM, set back to the present by /proc/self/clear_refs) during the pass, less the
 resident set before it, when the inputs (and for a backward the output) are there and the pages the allocator holds have
@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cases import Scan
 from nce_losses import Nce, with_gradients
 from rivals import available_memory
@@ -31,7 +33,7 @@ def measure(case: Scan, threads: int) -> dict[str, Any]:
 
 def of_loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
     """extra in bytes, over the inputs; or the reason why there is none."""
-    return _in_a_process(name, case.rows, case.dim, threads)
+    return _in_a_process(name, case.rows, case.dim, str(case.dtype).removeprefix("torch."), threads)
 
 
 def too_large(wanted: float) -> str | None:
@@ -53,17 +55,15 @@ def _in_a_process(*arguments: str | int) -> dict[str, Any]:
 
 
 def _backward(case: Scan, threads: int) -> dict[str, Any]:
-    import torch
-
     import fastlvm
 
     torch.set_num_threads(threads)
     fastlvm.set_num_threads(threads)
-    _once(Scan(1, 64, 8, case.state, gradient=True), torch)  # starts threads, loads code
-    return _once(case, torch)
+    _once(Scan(1, 64, 8, case.state, gradient=True))  # starts threads, loads code
+    return _once(case)
 
 
-def _once(case: Scan, torch: Any) -> dict[str, Any]:
+def _once(case: Scan) -> dict[str, Any]:
     import fastlvm
 
     tensors, cotangent = case.tensors(), case.cotangent()
@@ -78,13 +78,11 @@ def _once(case: Scan, torch: Any) -> dict[str, Any]:
 
 
 def _loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
-    import torch
-
     import fastlvm
 
     torch.set_num_threads(threads)
     fastlvm.set_num_threads(threads)
-    with_gradients(name, Nce(64, case.dim))()  # starts threads, loads code
+    with_gradients(name, Nce(64, case.dim, case.dtype))()  # starts threads, loads code
     call = with_gradients(name, case)
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")
@@ -103,5 +101,6 @@ if __name__ == "__main__":
     if given[0].isdigit():
         found = _backward(Scan(*map(int, given), gradient=True), int(threads))
     else:
-        found = _loss(given[0], Nce(*map(int, given[1:])), int(threads))
+        name, rows, dim, dtype = given
+        found = _loss(name, Nce(int(rows), int(dim), getattr(torch, dtype)), int(threads))
     print(json.dumps(found))

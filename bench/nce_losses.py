@@ -16,15 +16,20 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Nce:
-    """Queries and keys [rows, dim] of length 1 in float32, each query near its own key."""
+    """Queries and keys [rows, dim] of length 1, each query near its own key."""
 
     rows: int
     dim: int = 768
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.dim}{'' if self.dtype == torch.float32 else ', bfloat16'}"
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(0)
         keys, noise = (F.normalize(torch.randn(self.rows, self.dim, generator=g), dim=1) for _ in range(2))
-        return F.normalize(keys + 2 * noise, dim=1).requires_grad_(), keys.requires_grad_()
+        queries = F.normalize(keys + 2 * noise, dim=1)
+        return queries.to(self.dtype).requires_grad_(), keys.to(self.dtype).requires_grad_()
 
 
 def by_torch(queries: Tensor, keys: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ struct NceInputs {
     args.query_labels = query_labels.data<int64_t>(), args.key_labels = key_labels.data<int64_t>();
     args.label_columns = query_labels ? query_labels.shape(1) : 0;
     const Product* const product = active_products().of[static_cast<int>(Precision::bf16)];
-    args.bf16 = product && product->element == 2 ? product : nullptr;
+    args.bf16 = product && product->tiles ? product : nullptr;
     return args;
   }
 };

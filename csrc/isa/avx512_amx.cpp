@@ -163,7 +163,7 @@ template <class Dot>
 const Product* product() {
   const Product* const vectors = Dot::vectors();
   if (!vectors) return nullptr;
-  static const Product made = {"avx512_amx", vectors->element, vectors->prepare, multiply<Dot>};
+  static const Product made = {"avx512_amx", vectors->element, vectors->prepare, multiply<Dot>, true};
   return &made;
 }
 

@@ -1,5 +1,6 @@
-// Products of InfoNCE where queries and keys are bfloat16 and the processor multiplies pairs of such numbers
-// (AVX512-BF16, AMX). Sums are float32; gradients of logits are rounded to bfloat16 before they meet queries and keys.
+// Products of InfoNCE where queries and keys are bfloat16 and the processor multiplies tiles of such numbers (AMX; dot
+// products of pairs, AVX512-BF16, gain nothing over float32 here). Sums are float32; gradients of logits are rounded to
+// bfloat16 before they meet queries and keys.
 //
 // Keys are read as they lie for the logits, and packed in pairs of rows for the gradient of the queries; which wants
 // the gradients of the logits with the keys side by side, so that they are turned chunk by chunk, in the place of the
@@ -16,6 +17,11 @@ template <class V, bool = sizeof(typename V::scalar) == sizeof(float)>
 class Halves {
  public:
   static constexpr int64_t lanes = block_outputs;
+
+  static bool usable(const InfoNce& in) {
+    const auto rows_of_halves = [](const TensorView& view) { return view.dtype == DType::bf16 && view.stride[1] == 1; };
+    return in.bf16 && in.dim % lanes == 0 && in.dim > 0 && rows_of_halves(in.queries) && rows_of_halves(in.keys);
+  }
 
   // block: most queries at once; chunk: most keys; to_keys: whether their gradient is wanted.
   Halves(const InfoNce& in, int64_t block, int64_t chunk, int64_t seats, bool to_keys)
@@ -94,11 +100,6 @@ class Halves {
   }
 
  private:
-  static bool usable(const InfoNce& in) {
-    const auto rows_of_halves = [](const TensorView& view) { return view.dtype == DType::bf16 && view.stride[1] == 1; };
-    return in.bf16 && in.dim % lanes == 0 && in.dim > 0 && rows_of_halves(in.queries) && rows_of_halves(in.keys);
-  }
-
   static const uint16_t* row_of(const TensorView& view, int64_t row) {
     return static_cast<const uint16_t*>(view.data) + row * view.stride[0];
   }
@@ -141,6 +142,7 @@ class Halves<V, false> {
  public:
   template <class... Args>
   explicit Halves(const Args&...) {}
+  static constexpr bool usable(const InfoNce&) { return false; }
   static constexpr bool used() { return false; }
   template <class... Args>
   void read_queries(const Args&...) const {}

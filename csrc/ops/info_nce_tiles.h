@@ -14,8 +14,14 @@ namespace fastlvm::FASTLVM_ISA::nce {
 
 constexpr int64_t work_worth_sharing = 1 << 20;  // multiply-adds of one product
 constexpr int64_t logits_at_once = 32 << 20;     // bytes, where those of a block are kept for all keys
-constexpr int64_t most_queries = 256;            // in a block
-constexpr int64_t most_keys = 240, least_keys = 24, wanted_chunks = 8;
+
+// In a block and in a chunk, and what the keys of a chunk are a multiple of where there are enough.
+struct Limits {
+  int64_t queries, keys, least_keys, wanted_chunks, multiple;
+};
+constexpr Limits by_panels = {256, 240, 24, 8, 6};
+// Of bfloat16 in tiles: an instruction takes 32 keys, and sums are read and written once for a block and a chunk.
+constexpr Limits by_tiles = {512, 512, 128, 4, 32};
 constexpr double ln2 = 0.6931471805599453;
 
 // How the work is cut: by the shapes alone, so that no bit depends on the threads.
@@ -24,12 +30,12 @@ struct Cut {
   int64_t block;          // queries in a block, in whole panels
   int64_t pitch;          // of a row of logits: no power of two, which would meet itself in the first cache
 
-  Cut(const InfoNce& in, int64_t width, int64_t size, bool kept) {
-    const int64_t even = round_up(div_up(in.keys_count, wanted_chunks), 6);
-    chunk = smaller(larger(1, in.keys_count), smaller(most_keys, larger(least_keys, even)));
+  Cut(const InfoNce& in, int64_t width, int64_t size, bool kept, const Limits& limits) {
+    const int64_t even = round_up(div_up(in.keys_count, limits.wanted_chunks), limits.multiple);
+    chunk = smaller(larger(1, in.keys_count), smaller(limits.keys, larger(limits.least_keys, even)));
     chunks = div_up(in.keys_count, chunk);
-    const int64_t fits = kept ? logits_at_once / (size * larger(1, in.keys_count)) / width * width : most_queries;
-    block = larger(width, smaller(round_up(in.batch, width), smaller(most_queries / width * width, fits)));
+    const int64_t fits = kept ? logits_at_once / (size * larger(1, in.keys_count)) / width * width : limits.queries;
+    block = larger(width, smaller(round_up(in.batch, width), smaller(limits.queries / width * width, fits)));
     pitch = block + 16;
   }
 };
@@ -45,7 +51,7 @@ class Tiles {
   // gradient is wanted.
   Tiles(const InfoNce& in, bool kept, bool to_keys)
       : in_(in),
-        cut_(in, width, sizeof(T), kept),
+        cut_(in, width, sizeof(T), kept, Halves<V>::usable(in) ? by_tiles : by_panels),
         kept_(kept),
         seats_(threads_of_job()),
         same_seats_(seats_),
@@ -133,8 +139,8 @@ class Tiles {
       T* const keys = keys_ + seat_of_thread() * keys_size();
       T* const out = static_cast<T*>(dqueries.data) + (first_ + i) * in_.dim + column;
       const int64_t all = smaller(panels * width, in_.dim - column);
-      for (int64_t j = 0; j < in_.keys_count; j += most_keys) {
-        const int64_t count = smaller(most_keys, in_.keys_count - j);
+      for (int64_t j = 0; j < in_.keys_count; j += by_panels.keys) {
+        const int64_t count = smaller(by_panels.keys, in_.keys_count - j);
         pack_panels<V>(keys, count, in_.keys, j, count, column, all);
         for (int64_t at = 0; at < all; at += width)
           multiply_panel<V>(smaller(rows, rows_ - i), count, {logits_ + j * cut_.pitch + i, 1, cut_.pitch},
@@ -165,7 +171,7 @@ class Tiles {
     });
   }
 
-  int64_t keys_size() const { return panels_ * smaller(most_keys, in_.keys_count) * width; }
+  int64_t keys_size() const { return panels_ * smaller(by_panels.keys, in_.keys_count) * width; }
 
   // A panel of lanes of the block: along D as read, across it in units of the logits.
   void read_queries(int64_t panel) {
@@ -191,12 +197,19 @@ class Tiles {
 
   void leave_out(T* logits, int64_t chunk) const {
     const int64_t begin = this->begin(chunk), end = begin + count(chunk);
-    if (in_.mask)
-      for (int64_t i = 0; i < rows_; ++i) {
-        const uint8_t* const row = in_.mask + (first_ + i) * in_.mask_stride[0];
-        for (int64_t j = begin; j < end; ++j)
-          if (row[j * in_.mask_stride[1]] && j != first_ + i) logits[(j - begin) * cut_.pitch + i] = T(-INFINITY);
+    for (int64_t i = 0; in_.mask && i < rows_; ++i) {
+      const uint8_t* const row = in_.mask + (first_ + i) * in_.mask_stride[0];
+      for (int64_t j = begin; j < end;) {
+        uint64_t several = 1;  // most are zeros
+        if (in_.mask_stride[1] == 1 && j + 8 <= end) memcpy(&several, row + j, sizeof several);
+        if (several == 0) {
+          j += 8;
+          continue;
+        }
+        if (row[j * in_.mask_stride[1]] && j != first_ + i) logits[(j - begin) * cut_.pitch + i] = T(-INFINITY);
+        ++j;
       }
+    }
     if (!in_.query_labels) return;
     for (int64_t g = 0; g < in_.label_columns; ++g)
       for (int64_t i = 0; i < rows_; ++i) {

@@ -45,6 +45,7 @@ struct Product {
                   float* scale);
   // Blocks [begin, end) of the outputs for all rows: y, or what is added to y, with rows `y_stride` floats apart.
   void (*multiply)(const Matrix&, const Activations&, int64_t begin, int64_t end, float* y, int64_t y_stride, bool add);
+  bool tiles = false;  // whole tiles of both matrices meet in one instruction: the fastest way for many rows, too
 };
 
 struct Products {

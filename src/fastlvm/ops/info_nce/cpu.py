@@ -14,7 +14,7 @@ __all__ = ["describe", "run", "supports", "yields"]
 
 # Up to so many logits all of them at once are quicker, by measurement: docs/kernels.md, InfoNCE. In float64 the kernels
 # compute one number at a time; there the limit is memory.
-_FEW, _FEW_DOUBLES = 1024**2, 4096**2
+_FEW, _FEW_DOUBLES, _FEW_IN_TILES = 1024**2, 4096**2, 128**2
 
 
 def supports(queries: Any, *args: Any) -> tuple[bool, str]:
@@ -29,9 +29,20 @@ def yields(queries: Any, keys: Any, *args: Any) -> str:
     logits = queries.shape[0] * keys.shape[0]
     if queries.dtype == torch.float64:
         return "float64 is quicker with all logits in memory" if logits <= _FEW_DOUBLES else ""
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad) and logits <= _FEW:
+    few = _FEW_IN_TILES if _in_tiles(queries, keys) else _FEW
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad) and logits <= few:
         return "with gradients few logits are quicker all in memory"
     return ""
+
+
+def _in_tiles(queries: Any, keys: Any) -> bool:
+    """Whether the products are those of AMX: for bfloat16 rows of whole blocks, docs/kernels.md."""
+    import torch
+
+    from fastlvm import _C
+
+    halves = queries.dtype == keys.dtype == torch.bfloat16
+    return halves and queries.shape[1] % 16 == 0 and _C.products()["bf16"] == "avx512_amx"
 
 
 def run(queries: Any, keys: Any, temperature: float, symmetric: bool, mask: Any, reduction: str) -> Any:
