@@ -45,6 +45,29 @@ def test_false_negatives_by_group_cover_target_and_context():
     assert masked[1].nonzero().flatten().tolist() == [2, 3, 4, 20]
 
 
+@pytest.mark.parametrize("rule", ["article", "group"])
+def test_false_negatives_are_those_of_every_row_compared_with_every_window(rule):
+    g = draws()
+    articles = torch.randint(0, 40, (700,), generator=g)
+    groups = torch.arange(700)
+    groups[torch.randint(0, 700, (200,), generator=g)] = torch.randint(0, 700, (200,), generator=g)
+    windows = torch.randint(0, 700, (30, 6), generator=g)
+    candidates = torch.randint(0, 700, (300,), generator=g)  # some of them twice, and many windows' rows missing
+    masked = false_negatives(Batch(windows), candidates, articles, groups, rule)
+    own, compared = groups[candidates][:, None], windows[:, -1:] if rule == "article" else windows
+    want = (own[None] == groups[compared][:, None]).any(2)
+    if rule == "article":
+        want |= articles[candidates] == articles[windows[:, -1:]]
+    assert torch.equal(masked, want)
+
+
+@pytest.mark.parametrize("rule", ["article", "group"])
+def test_false_negatives_of_no_window_and_among_no_candidates(rule):
+    nobody, nothing = torch.empty(0, dtype=torch.int64), Batch(rows(2, 4), own=torch.empty(0, dtype=torch.int64))
+    assert false_negatives(Batch(rows(2, 4)), nobody, ARTICLES, GROUPS, rule).shape == (2, 0)
+    assert false_negatives(nothing, torch.arange(24), ARTICLES, GROUPS, rule).shape == (0, 24)
+
+
 def test_a_batch_of_1024_has_1023_negatives():
     articles, windows = torch.arange(1024 * 3) // 3, torch.arange(1024 * 3).reshape(1024, 3)
     found = Negatives(TrainOptions(negatives="batch"), articles, torch.arange(1024 * 3), windows[:, -1]).candidates(

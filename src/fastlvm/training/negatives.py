@@ -161,15 +161,17 @@ def false_negatives(batch: Batch, candidates: Tensor, articles: Tensor, groups: 
 
 def _among(labels: Tensor, wanted: Tensor) -> Tensor:
     """bool [B, M]: which of the labels [M] are among a row of wanted [B, K]; labels are not negative, and few are."""
-    asked = torch.zeros(int(wanted.max()) + 1, dtype=torch.bool)
+    found = torch.zeros(len(wanted), len(labels), dtype=torch.bool)
+    if wanted.numel() == 0 or labels.numel() == 0:
+        return found
+    asked = torch.zeros(int(torch.maximum(wanted.max(), labels.max())) + 1, dtype=torch.bool)
     asked[wanted] = True
-    near = torch.nonzero((labels < len(asked)) & asked[labels.clamp(max=len(asked) - 1)]).squeeze(1)
+    near = torch.nonzero(asked[labels]).squeeze(1)
     ordered, places = torch.sort(labels[near])
     first = torch.searchsorted(ordered, wanted)
     counts = (torch.searchsorted(ordered, wanted, right=True) - first).reshape(-1)
     shift = first.reshape(-1) - (counts.cumsum(0) - counts)  # from a run's place among all found to that in order
     at = torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
     rows = torch.arange(len(wanted)).repeat_interleave(wanted.shape[1]).repeat_interleave(counts)
-    found = torch.zeros(len(wanted), len(labels), dtype=torch.bool)
     found[rows, near[places[at]]] = True
     return found
