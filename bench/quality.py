@@ -4,7 +4,8 @@ A run of each model, objective and seed asked for on the training articles, kept
 is and the baselines on the same test windows, exact search over the whole corpus, context rows left out. Runs lie below
 build/quality/ and are gone on with where they stopped, so that models can be added one at a time. Windows are split by
 article (70, 10 and 20 %), seed 0; with --corpus novels-by-work, by novel, so that no test novel has a chapter in
-training. The options that are not the trainer's defaults were chosen on validation articles, for all models alike.
+training, and intervals resample novels. The options that are not the trainer's defaults were chosen on validation
+articles, for all models alike.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ SHOWN = tuple(metric for metric in METRICS if metric != "Eff@5")
 SEEDED = ("R@1", "R@5", "MRR@10", "Contain@50")
 
 
-def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows]:
-    """A corpus of the folder FASTLVM_DATA as a payload, and its windows, split by article or, NAME-by-work, by work."""
+def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows, np.ndarray | None]:
+    """A corpus of the folder FASTLVM_DATA as a payload, and its windows, split by article or, NAME-by-work, by work.
+
+    Last, where they are split by work, what each window of the test split is from.
+    """
     folder = os.environ.get("FASTLVM_DATA")
     if not folder:
         raise SystemExit("FASTLVM_DATA is not set: name the folder that holds the corpora")
@@ -54,7 +58,8 @@ def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows]:
         fastlvm.Payload.build(path, vectors, keys, encoder="all-mpnet-base-v2", source=plain)
     payload = fastlvm.Payload.open(path)
     works = titles(source / "texts.jsonl.gz") if name.endswith(BY_WORK) else None
-    return payload, fastlvm.Windows.build(payload, split=SPLIT, seed=0, works=works)
+    windows = fastlvm.Windows.build(payload, split=SPLIT, seed=0, works=works)
+    return payload, windows, None if works is None else works[windows.rows("test")[:, -1]]
 
 
 def titles(path: Path) -> np.ndarray:
@@ -65,7 +70,7 @@ def titles(path: Path) -> np.ndarray:
 
 
 def train(name: str, models: list[str], objective: str, seeds: list[int]) -> None:
-    payload, windows = corpus(name)
+    payload, windows, _ = corpus(name)
     given = {**OPTIONS, **OBJECTIVES[objective]}
     sweep(models, payload, windows, BUILD / name / objective, seeds=seeds, progress=_started, **given)
 
@@ -92,9 +97,10 @@ def done(name: str) -> dict[str, Path]:
 
 def judge(name: str, found: dict[str, Path]) -> dict[str, Any]:
     """The runs, by what to call them, and the baselines on the test windows, as JSON."""
-    payload, windows = corpus(name)
-    paths, called = list(found.values()), list(found)
-    report = workflow.evaluate_paths(paths, payload, windows, split="test", name=name, names=called, say=print)
+    payload, windows, works = corpus(name)
+    report = workflow.evaluate_paths(
+        list(found.values()), payload, windows, name=name, names=list(found), clusters=works, say=print
+    )
     about = {"corpus": name, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
     return {**about, "report": report.to_dict(), "runs": {own: _run(path) for own, path in found.items()}}
 

@@ -63,11 +63,13 @@ def evaluate_paths(
     seed: int = 0,
     name: str | None = None,
     names: Sequence[str] | None = None,
+    clusters: np.ndarray | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Evaluate runs and artifacts beside the baselines; for artifacts also the time one query takes, batch 1.
 
-    name: how the report calls the payload; names: how it calls the models. None takes those of the folders.
+    name: how the report calls the payload; names: how it calls the models. None takes those of the folders. clusters:
+    see `evaluate`.
     """
     from fastlvm import get_num_threads
     from fastlvm.evaluation import evaluate, measure_retrieval
@@ -78,7 +80,9 @@ def evaluate_paths(
     called = names or [model_name(path, paths) for path in paths]
     opened = [_open(path, own, payload) for path, own in zip(paths, called, strict=True)]
     rankers = [ranker for ranker, _ in opened]
-    report = evaluate(rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, progress=say)
+    report = evaluate(
+        rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, clusters=clusters, progress=say
+    )
     contexts = payload.take(windows.rows(split)[:LATENCY_CONTEXTS, :-1])
     for ranker, predictor in opened:
         if predictor is not None:
