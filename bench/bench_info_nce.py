@@ -21,8 +21,8 @@ from results import figures
 
 PUBLISHED = (256, 4096, 32768)
 DTYPES = (torch.float32, torch.bfloat16)
-# Of bfloat16, whose logits F.cross_entropy rounds: what both then agree to.
-HALF_LOSS, HALF_GRADIENT = 1e-2, 1e-1
+# Of bfloat16, whose logits and losses F.cross_entropy rounds: what it then is off by at most.
+HALF_LOSS, HALF_GRADIENT = 2e-2, 1e-1
 CROSSING = (64, 512, 1024, 2048)
 _DENSE_PEAK = 3.2  # arrays of all logits
 
