@@ -65,6 +65,10 @@ class Case {
   Tensor& input(const char* name, const Array::Shape& shape) {
     return input(name, shape, [this] { return draw.normal(); });
   }
+  Tensor& input_of(DType dtype, const char* name, const Array::Shape& shape) {
+    const auto layout = static_cast<Array::Layout>(draw.pick(std::string(name) + " layout", {0, 1, 2, 3, 4, 5}));
+    return add_input(name, shape, dtype, layout, [this] { return draw.normal(); }, false);
+  }
   // Null when not drawn.
   Tensor* maybe(const char* name, const Array::Shape& shape, bool keep_sign = false) {
     return draw.coin(name) ? &input(name, shape, [this] { return draw.normal(); }, keep_sign) : nullptr;

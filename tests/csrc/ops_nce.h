@@ -1,6 +1,7 @@
 // InfoNCE and its backward: see ops.h.
 #pragma once
 
+#include "common/dispatch.h"
 #include "inputs.h"
 #include "plain.h"
 
@@ -13,7 +14,7 @@ struct NceSizes {
   NceSizes(Draws& draw, bool symmetric) {
     const bool large = draw.pick("kind", {0, 0, 0, 0, 0, 1}) == 1;
     B = large ? draw.pick("B large", {130, 270}) : draw.pick("B", {0, 1, 2, 5, 17, 40});
-    D = large ? draw.pick("D large", {9, 33}) : draw.pick("D", {0, 1, 3, 5, 16, 17, 65});
+    D = large ? draw.pick("D large", {9, 33, 144}) : draw.pick("D", {0, 1, 3, 5, 16, 17, 65, 144});
     const int64_t more = large ? draw.pick("M large", {0, 260}) : draw.pick("M - B", {0, 1, 7, 50});
     M = symmetric ? B : B + more;
   }
@@ -24,6 +25,7 @@ struct NceInputs {
   bool symmetric;
   NceSizes sizes;
   double scale;
+  const Product* tiles;  // of bfloat16, null where both inputs have a dtype of their own
   Tensor *queries, *keys;
   std::vector<uint8_t> mask;
   int64_t mask_stride[2] = {0, 0};
@@ -33,9 +35,10 @@ struct NceInputs {
   explicit NceInputs(Case& c)
       : symmetric(c.draw.coin("symmetric")),
         sizes(c.draw, symmetric),
-        scale(0.2 * static_cast<double>(c.draw.pick("scale", {1, 2, 5}))) {
-    queries = &c.input("queries", {sizes.B, sizes.D});
-    keys = &c.input("keys", {sizes.M, sizes.D});
+        scale(0.2 * static_cast<double>(c.draw.pick("scale", {1, 2, 5}))),
+        tiles(c.draw.coin("bfloat16 in tiles") ? product(c) : nullptr) {
+    queries = &input(c, "queries", {sizes.B, sizes.D});
+    keys = &input(c, "keys", {sizes.M, sizes.D});
     const int64_t kind = c.draw.pick("mask", {0, 0, 1, 2, 3});
     if (kind == 1 || kind == 2) {  // by rows, by columns; one byte more, for the address of an empty one
       mask_stride[0] = kind == 1 ? sizes.M : 1, mask_stride[1] = kind == 1 ? 1 : sizes.B;
@@ -48,8 +51,25 @@ struct NceInputs {
     for (int64_t i = 0; i < sizes.M * G + 1; ++i) key_labels.push_back(c.draw.below(values + 2) - 2);
   }
 
+  static const Product* product(const Case& c) {
+    const Product* const found = active_products().of[static_cast<int>(Precision::bf16)];
+    return !c.float64 && found->tiles && &c.kernels(drawn) == &active_kernels() ? found : nullptr;
+  }
+
+  Tensor& input(Case& c, const char* name, const Array::Shape& shape) const {
+    return tiles ? c.input_of(DType::bf16, name, shape) : c.input(name, shape);
+  }
+
+  // In tiles the gradients of logits are rounded to bfloat16.
+  const Tensor* gradient(Case& c, const char* name, const Tensor* of) const {
+    Tensor* const found = c.gradient(name, of);
+    if (found && tiles) found->tolerance = 0x1p-8;
+    return found;
+  }
+
   InfoNce args(const Case& c, Variant v) const {
     InfoNce args{};
+    args.bf16 = v == drawn ? tiles : nullptr;
     args.batch = sizes.B, args.keys_count = sizes.M, args.dim = sizes.D;
     args.float64 = c.wide(v), args.symmetric = symmetric, args.scale = scale;
     args.queries = queries->view(v), args.keys = keys->view(v);
@@ -154,8 +174,8 @@ inline void info_nce(Case& c) {
   const Tensor* loss = c.draw.coin("loss") ? &c.dense("loss", {in.sizes.B}, c.forward_tolerance) : nullptr;
   const Tensor* total = c.draw.coin("total") ? &c.dense("total", {}, c.forward_tolerance) : nullptr;
   const Tensor& log_sums = c.dense("log_sums", {in.symmetric ? 2 : 1, in.sizes.B}, c.forward_tolerance);
-  const Tensor* dqueries = in.symmetric ? nullptr : c.gradient("dqueries", in.queries);
-  const Tensor* dkeys = in.symmetric ? nullptr : c.gradient("dkeys", in.keys);
+  const Tensor* dqueries = in.symmetric ? nullptr : in.gradient(c, "dqueries", in.queries);
+  const Tensor* dkeys = in.symmetric ? nullptr : in.gradient(c, "dkeys", in.keys);
   c.run([&](Variant v) {
     InfoNce args = in.args(c, v == sizes ? exact : v);
     args.loss = view(loss, v), args.total = view(total, v), args.log_sums = log_sums.view(v);
@@ -171,7 +191,7 @@ inline void info_nce_bwd(Case& c) {
   const NceInputs in(c);
   const Tensor& grad = c.input("grad", {in.sizes.B});
   const Tensor& log_sums = c.scratch("log_sums", {in.symmetric ? 2 : 1, in.sizes.B});
-  const Tensor *dqueries = c.gradient("dqueries", in.queries), *dkeys = c.gradient("dkeys", in.keys);
+  const Tensor *dqueries = in.gradient(c, "dqueries", in.queries), *dkeys = in.gradient(c, "dkeys", in.keys);
   c.run([&](Variant v) {
     InfoNceBwd args{};
     args.forward = in.args(c, v == sizes ? exact : v);

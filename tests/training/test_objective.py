@@ -61,6 +61,22 @@ def test_payload_negatives_are_the_training_rows():
     torch.testing.assert_close(both, torch.stack(alone).mean())
 
 
+@pytest.mark.parametrize("negatives", ["batch", "payload", "payload:5"])
+@pytest.mark.parametrize("projection", ["none", "mlp"])
+def test_bf16_rounds_what_infonce_multiplies_and_nothing_else(negatives, projection):
+    torch.manual_seed(0)
+    options = {"negatives": negatives, "projection": projection}
+    whole, halves = build(**options), build(**options, precision="bf16")
+    halves.load_state_dict(whole.state_dict())
+    y = [predictions(3) for _ in range(2)]
+    exact, rounded = (one(each, rows(2, 8, 14)) for one, each in zip((whole, halves), y, strict=True))
+    assert torch.equal(rounded.cosine, exact.cosine)
+    assert 0 < abs(rounded.infonce - exact.infonce) <= 2**-6 * exact.infonce
+    wanted, found = (torch.autograd.grad(loss.total, each)[0] for loss, each in zip((exact, rounded), y, strict=True))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2**-5 * float(wanted.abs().max()))
+
+
 def test_ar_is_cosine_and_squared_error():
     y, target = predictions(3), vectors()[[2, 8, 14]]
     loss = build(objective="ar")(y, rows(2, 8, 14))
