@@ -32,7 +32,8 @@ def info_nce(
 
     numpy arrays in, a numpy array out, without gradients; torch tensors in, a torch tensor out, with gradients for
     queries and keys. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
-    own, with float32 sums; or float64 throughout. Vectors are taken as they are: normalise them for cosines.
+    own, with float32 sums; or float64 throughout. Where queries and keys are both bfloat16, gradients of the logits may
+    be rounded to bfloat16 before they are summed up. Vectors are taken as they are: normalise them for cosines.
 
     Args:
         queries: [B, D]. Any size may be 0.
