@@ -51,6 +51,19 @@ def test_tiles_are_multiplied_where_the_processor_can(products):
     assert torch.equal(found, plain) == (products["bf16"] != "avx512_amx")
 
 
+@pytest.mark.parametrize(
+    ("rows", "dim", "reference", "in_tiles"),
+    [(128, 16, True, True), (129, 16, True, False), (129, 17, True, True), (1025, 17, False, False)],
+)
+def test_auto_leaves_all_logits_at_once_earlier_for_tiles(rows, dim, reference, in_tiles, products, monkeypatch):
+    """Whether the reference is taken: without tiles, and with them."""
+    monkeypatch.delenv("FASTLVM_BACKEND", raising=False)
+    keys = torch.zeros(rows, dim, dtype=torch.bfloat16)
+    verdicts = {v.backend: v for v in fastlvm.explain("info_nce", keys.clone().requires_grad_(), keys)}
+    taken = in_tiles if products["bf16"] == "avx512_amx" else reference
+    assert ("few logits" in verdicts["cpu"].reason) == taken
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_one_gradient_alone(wanted, reduction, products):
