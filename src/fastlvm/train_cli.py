@@ -27,9 +27,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
     space: Annotated[str | None, typer.Option(help="whiten or none")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="of the products of model and loss: fp32 or bf16")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="of the products of model and loss: fp32 or bf16")] = None,
     hard_negatives: Annotated[str | None, typer.Option(help="same-article:K or index:K")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="read articles backwards, as a control")] = False,
     setting: Annotated[list[str] | None, typer.Option("--set", help=SET)] = None,
