@@ -75,7 +75,7 @@ class Objective(nn.Module):
         if self.projection is not None:
             queries = self.parallel[0](predicted) if self.parallel else self.projection(predicted)
             with torch.no_grad():  # the target branch teaches and does not learn
-                keys = self.projection(keys.float())
+                keys = self.projection(keys)
         return info_nce(queries.to(self.dtype), keys.to(self.dtype), self.options.temperature, mask=masked)
 
     def _keys(self, rows: Tensor, targets: int) -> Tensor:
@@ -92,9 +92,9 @@ class Objective(nn.Module):
         return vectors
 
     def _candidates(self, rows: Tensor) -> Tensor:
-        """Vectors as InfoNCE multiplies them, or as a tower reads them."""
+        """Vectors as InfoNCE multiplies them, or as a tower or a projection reads them."""
         vectors = self.vectors[rows]
-        return vectors if self.tower else vectors.to(self.dtype)
+        return vectors if self.tower or self.projection is not None else vectors.to(self.dtype)
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:
