@@ -186,6 +186,45 @@ def _seeds(report: Report, runs: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
+def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` and the runs that only `stored` has, whose folders may be elsewhere by now.
+
+    Both have to be of the same windows, resamples and baselines, figure by figure: then a difference is that of one
+    report. Another processor rounds otherwise, which moves a mean cosine in its last digits.
+    """
+    old, new = stored["report"], data["report"]
+    same = all(old[part] == new[part] for part in ("payload", "windows", "bootstrap"))
+    if not same or not _alike(_baselines(old), _baselines(new)):
+        raise SystemExit(f"the stored result of {stored['corpus']} is of other windows or baselines: judge every run")
+    rankers = [ranker for ranker in old["rankers"] if ranker["name"] in stored["runs"].keys() - data["runs"].keys()]
+    kept = {ranker["name"] for ranker in rankers}
+    differences = [difference for difference in old["differences"] if difference["model"] in kept]
+    report = {
+        **new,
+        "rankers": rankers + new["rankers"],
+        "differences": differences + new["differences"],
+        "latency": {},
+    }
+    runs = {called: run for called, run in stored["runs"].items() if called in kept}
+    return {**data, "report": report, "runs": {**runs, **data["runs"]}}
+
+
+def _baselines(report: dict[str, Any]) -> dict[str, list[float | None]]:
+    """The figures of each baseline, context rows excluded."""
+    return {
+        ranker["name"]: [ranker["excluded"][metric]["value"] for metric in METRICS]
+        for ranker in report["rankers"]
+        if ranker["kind"] == "baseline"
+    }
+
+
+def _alike(old: dict[str, list[float | None]], new: dict[str, list[float | None]]) -> bool:
+    pairs = zip(sum(old.values(), []), sum(new.values(), []), strict=False)
+    return old.keys() == new.keys() and all(
+        a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4)) for a, b in pairs
+    )
+
+
 def keep(name: str, data: dict[str, Any], tables: str) -> None:
     """Both forms of a result, in bench/results/."""
     write_json(RESULTS / f"{name}.json", data)
@@ -211,6 +250,9 @@ def main() -> None:
     if given.train:
         return
     data = judge(given.corpus, done(given.corpus))
+    stored = RESULTS / f"quality-{given.corpus}.json"
+    if given.keep and stored.exists():
+        data = merged(read_json(stored), data)
     print(markdown(data))
     if given.keep:
         keep(f"quality-{given.corpus}", data, markdown(data))

@@ -56,3 +56,27 @@ def test_results_of_another_machine_or_of_fewer_threads_have_a_name_of_their_own
     data = {"machine": machine, "isa": "avx512", "threads": [1, 2]}
     assert file_name("forward", data) == f"forward-avx512-{slug}-2-threads"
     assert file_name("kernels", data | {"threads": [1]}) == f"kernels-avx512-{slug}-1-threads"
+
+
+def _only(data, names):
+    """A result that holds these runs alone."""
+    report = data["report"]
+    rankers = [r for r in report["rankers"] if r["kind"] == "baseline" or r["name"] in names]
+    differences = [d for d in report["differences"] if d["model"] in names]
+    runs = {name: run for name, run in data["runs"].items() if name in names}
+    return {**data, "report": {**report, "rankers": rankers, "differences": differences}, "runs": runs}
+
+
+def test_runs_judged_at_different_times_make_one_table():
+    data = json.loads((RESULTS / "quality-sotu.json").read_text(encoding="utf-8"))
+    names = list(data["runs"])
+    merged = quality.merged(_only(data, names[:5]), _only(data, names[4:]))
+    assert quality.markdown(merged) == quality.markdown(data)
+
+
+def test_a_stored_result_of_other_baselines_is_not_added_to():
+    data = json.loads((RESULTS / "quality-sotu.json").read_text(encoding="utf-8"))
+    other = json.loads(json.dumps(data))
+    other["report"]["rankers"][-1]["excluded"]["R@5"]["value"] += 0.01
+    with pytest.raises(SystemExit, match="judge every run"):
+        quality.merged(data, other)
