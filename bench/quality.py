@@ -219,9 +219,10 @@ def _baselines(report: dict[str, Any]) -> dict[str, list[float | None]]:
 
 
 def _alike(old: dict[str, list[float | None]], new: dict[str, list[float | None]]) -> bool:
-    pairs = zip(sum(old.values(), []), sum(new.values(), []), strict=False)
     return old.keys() == new.keys() and all(
-        a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4)) for a, b in pairs
+        a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4))
+        for name in old
+        for a, b in zip(old[name], new[name], strict=True)
     )
 
 
