@@ -10,7 +10,8 @@ import numpy as np
 import forward_rivals
 import gate_rivals
 import make_payload
-from fastlvm.evaluation.latency_gate import RECALL, Verdict
+from fastlvm.evaluation import Verdict
+from fastlvm.evaluation.gate_file import RECALL
 from gate_cases import ASKED, CLIENTS, HEAD, PRECISION, RECALLED, STAGES, TUNING, K
 from paired import Contender, Plan
 from results import Record
@@ -76,8 +77,9 @@ class GateResults(Record):
 
     def figures(self, threads: int) -> dict[str, float]:
         """What gates limit, of the consecutive calls on so many threads."""
+        called = {"end_to_end": "total"}
         found = {
-            f"{row['stage']}_{percentile}_ms": row[f"{percentile}_ms"]
+            f"{called.get(row['stage'], row['stage'])}_{percentile}_ms": row[f"{percentile}_ms"]
             for row in self.calls
             if row["threads"] == threads
             for percentile in ("p50", "p95", "p99")

@@ -26,7 +26,6 @@ import fastlvm
 from fastlvm import workflow
 from fastlvm.evaluation import Report
 from fastlvm.evaluation.latency import machine
-from fastlvm.evaluation.metrics import METRICS
 from fastlvm.files import atomic_file, read_json, write_json
 from fastlvm.models import names
 from fastlvm.training import TrainOptions
@@ -39,15 +38,12 @@ BY_WORK = "-by-work"
 SPLIT = (0.7, 0.1, 0.2)
 OPTIONS: dict[str, Any] = {"precision": "bf16", "negatives": "payload"}
 OBJECTIVES: dict[str, dict[str, Any]] = {"contrastive": {}, "ar": {"objective": "ar"}, "two-tower": {"tower": 512}}
-SHOWN = tuple(metric for metric in METRICS if metric != "Eff@5")
+SHOWN = ("R@1", "R@5", "R@10", "MRR@10", "Contain@50", "median_rank", "cosine")
 SEEDED = ("R@1", "R@5", "MRR@10", "Contain@50")
 
 
-def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows, np.ndarray | None]:
-    """A corpus of the folder FASTLVM_DATA as a payload, and its windows, split by article or, NAME-by-work, by work.
-
-    Last, where they are split by work, what each window of the test split is from.
-    """
+def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows]:
+    """A corpus of the folder FASTLVM_DATA as a payload, and its windows, split by article or, NAME-by-work, by work."""
     folder = os.environ.get("FASTLVM_DATA")
     if not folder:
         raise SystemExit("FASTLVM_DATA is not set: name the folder that holds the corpora")
@@ -57,9 +53,8 @@ def corpus(name: str) -> tuple[fastlvm.Payload, fastlvm.Windows, np.ndarray | No
         vectors, keys = np.load(source / "vectors.npy"), np.load(source / "keys.npy")
         fastlvm.Payload.build(path, vectors, keys, encoder="all-mpnet-base-v2", source=plain)
     payload = fastlvm.Payload.open(path)
-    works = titles(source / "texts.jsonl.gz") if name.endswith(BY_WORK) else None
-    windows = fastlvm.Windows.build(payload, split=SPLIT, seed=0, works=works)
-    return payload, windows, None if works is None else works[windows.rows("test")[:, -1]]
+    groups = titles(source / "texts.jsonl.gz") if name.endswith(BY_WORK) else None
+    return payload, fastlvm.Windows.build(payload, split=SPLIT, seed=0, groups=groups, group_by="work")
 
 
 def titles(path: Path) -> np.ndarray:
@@ -70,7 +65,7 @@ def titles(path: Path) -> np.ndarray:
 
 
 def train(name: str, models: list[str], objective: str, seeds: list[int]) -> None:
-    payload, windows, _ = corpus(name)
+    payload, windows = corpus(name)
     given = {**OPTIONS, **OBJECTIVES[objective]}
     sweep(models, payload, windows, BUILD / name / objective, seeds=seeds, progress=_started, **given)
 
@@ -97,9 +92,15 @@ def done(name: str) -> dict[str, Path]:
 
 def judge(name: str, found: dict[str, Path]) -> dict[str, Any]:
     """The runs, by what to call them, and the baselines on the test windows, as JSON."""
-    payload, windows, works = corpus(name)
+    payload, windows = corpus(name)
     report = workflow.evaluate_paths(
-        list(found.values()), payload, windows, name=name, names=list(found), clusters=works, say=print
+        list(found.values()),
+        payload,
+        windows,
+        name=name,
+        names=list(found),
+        clusters=windows.groups("test"),
+        say=print,
     )
     about = {"corpus": name, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
     return {**about, "report": report.to_dict(), "runs": {own: _run(path) for own, path in found.items()}}
@@ -212,7 +213,7 @@ def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 def _baselines(report: dict[str, Any]) -> dict[str, list[float | None]]:
     """The figures of each baseline, context rows excluded."""
     return {
-        ranker["name"]: [ranker["excluded"][metric]["value"] for metric in METRICS]
+        ranker["name"]: [ranker["excluded"][metric]["value"] for metric in SHOWN]
         for ranker in report["rankers"]
         if ranker["kind"] == "baseline"
     }

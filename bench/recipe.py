@@ -67,7 +67,7 @@ def part(payload: fastlvm.Payload, windows: fastlvm.Windows, share: float) -> fa
 
 def run(name: str, model: str, share: float, settings: dict[str, Any]) -> tuple[Result, int]:
     """A run, and how many windows it was trained on."""
-    payload, windows, _ = corpus(name)
+    payload, windows = corpus(name)
     if share < 1:
         windows = part(payload, windows, share)
     label = "-".join(f"{key}={value}" for key, value in settings.items()) or "plain"

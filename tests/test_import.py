@@ -20,7 +20,8 @@ ARROWS = {
     "models": {"ops"},
     "data": set(),
     "retrieval": {"data"},
-    "evaluation": {"retrieval", "data"},
+    "gates": set(),
+    "evaluation": {"retrieval", "data", "gates"},
     "training": {"models", "ops", "evaluation", "data", "retrieval"},
     "predictor": {"ops", "retrieval", "data"},  # the ops' numpy side, which is where csrc is reached
     "compat": {"ops", "models"},
@@ -32,7 +33,7 @@ EXTRA = {  # module -> what it may import on top
     "predictor/cuda_layers.py": {"kernels"},
     "predictor/cuda_search.py": {"kernels"},
 }
-WITHOUT_TORCH = ("data", "retrieval", "predictor", "errors.py", "files.py", "cli.py")
+WITHOUT_TORCH = ("data", "retrieval", "predictor", "gates", "errors.py", "files.py", "cli.py")
 WITHOUT_TORCH += tuple(f"evaluation/{name}.py" for name in ("metrics", "baselines", "latency", "gates", "report"))
 TORCH_ALLOWED = tuple(f"predictor/{name}.py" for name in ("export", "cuda", "cuda_layers", "cuda_load", "cuda_search"))
 

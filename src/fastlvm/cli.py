@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from fastlvm.console import (
+    GATES,
+    RankingBar,
     TrainingBar,
     command,
     interrupted,
-    keep_apart,
     note,
     parse_rerankers,
     parse_settings,
-    parse_split,
     print_example,
     print_found,
     print_latency,
@@ -28,10 +28,12 @@ from fastlvm.console import (
     show,
     training_verdict,
 )
+from fastlvm.diagnose_cli import diagnose
 from fastlvm.errors import InputError
-from fastlvm.files import check_folder, check_new_folder
+from fastlvm.files import check_folder, check_new_folder, write_json
 from fastlvm.index_cli import index_app
 from fastlvm.train_cli import sweep, train
+from fastlvm.windows_cli import windows_app
 
 RERANK = (
     "mmr:RELEVANCE, directional-bonus:WEIGHT, sequence-bias:WEIGHT:DECAY or shard-assist:WEIGHT; the last two use keys"
@@ -45,7 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 payload_app = typer.Typer(help="Tables of chunk vectors with keys, texts and provenance.", no_args_is_help=True)
-windows_app = typer.Typer(help="Windows of consecutive chunks, split by article.", no_args_is_help=True)
 app.add_typer(payload_app, name="payload")
 app.add_typer(windows_app, name="windows")
 app.add_typer(index_app, name="index")
@@ -119,104 +120,81 @@ def payload_verify(folder: Annotated[Path, typer.Argument(help="payload folder")
     typer.echo(f"ok: {len(payload)} rows, hashes, norms and key order hold (id {payload.id})")
 
 
-def _print_windows(windows: Any) -> None:
-    typer.echo(f"windows of {windows.context} + 1 chunks over payload {windows.payload_id}")
-    for name in windows.splits:
-        typer.echo(f"  {name:<11}{len(windows.rows(name)):>9} windows {len(windows.articles(name)):>7} articles")
-
-
-@command(windows_app, "build", "fastlvm windows build payload --out windows.npz --split 0.8,0.1,0.1 --seed 0")
-def windows_build(
-    payload: Annotated[Path, typer.Argument(help="payload folder")],
-    out: Annotated[Path, typer.Option(help=".npz to write")],
-    context: Annotated[int, typer.Option(help="chunks before the target")] = 5,
-    split: Annotated[str, typer.Option(help="fractions of the articles: train,validation,test")] = "0.8,0.1,0.1",
-    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
-) -> None:
-    """Cut windows of consecutive chunks and split them by article."""
-    from fastlvm import Payload, Windows
-
-    table = Payload.open(payload)
-    windows = Windows.build(table, context=context, split=parse_split(split), seed=seed)
-    windows.save(out)
-    _print_windows(windows)
-    typer.echo(str(windows.verify(table)))
-
-
-@command(windows_app, "import", "fastlvm windows import eval_v2.npz --payload payload --out windows.npz")
-def windows_import(
-    old: Annotated[Path, typer.Argument(help="the predecessor's window .npz")],
-    payload: Annotated[Path, typer.Option(help="payload folder the windows are keyed to")],
-    out: Annotated[Path, typer.Option(help=".npz to write")],
-    split: Annotated[str, typer.Option(help="fractions of the articles: train,validation,test")] = "0.8,0.1,0.1",
-    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
-) -> None:
-    """Match a predecessor's windows to payload rows; a set that does not come from the payload is refused."""
-    from fastlvm import Payload, Windows
-
-    keep_apart(old, out)
-    table = Payload.open(payload)
-    windows = Windows.import_predecessor(old, table, split=parse_split(split), seed=seed)
-    windows.save(out)
-    _print_windows(windows)
-    typer.echo(str(windows.verify(table)))
-
-
-@command(windows_app, "export", "fastlvm windows export windows.npz --payload payload --split test --out old.npz")
-def windows_export(
-    windows: Annotated[Path, typer.Argument(help="windows .npz")],
-    payload: Annotated[Path, typer.Option(help="payload folder")],
-    out: Annotated[Path, typer.Option(help=".npz to write")],
-    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
-) -> None:
-    """Write one split in the predecessor's layout: vectors instead of rows."""
-    from fastlvm import Payload, Windows
-
-    keep_apart(windows, out)
-    table = Windows.open(windows)
-    table.export_predecessor(out, Payload.open(payload), split)
-    typer.echo(f"{len(table.rows(split))} windows written to {out}")
-
-
-@command(windows_app, "verify", "fastlvm windows verify windows.npz --payload payload")
-def windows_verify(
-    windows: Annotated[Path, typer.Argument(help="windows .npz")],
-    payload: Annotated[Path, typer.Option(help="payload folder")],
-) -> None:
-    """Check that contexts and targets are the payload's own rows."""
-    from fastlvm import Payload, Windows
-
-    typer.echo(str(Windows.open(windows).verify(Payload.open(payload))))
-
-
 command(app, "train", "fastlvm train --model mamba-s --payload payload --windows windows.npz --out run")(train)
 command(app, "sweep", "fastlvm sweep --model gru --model lstm --seeds 0,1 --payload P --windows W --out runs")(sweep)
+command(app, "diagnose", "fastlvm diagnose artifact --payload payload --windows windows.npz --index index")(diagnose)
 
 
 @command(app, "eval", "fastlvm eval artifact --payload payload --windows windows.npz --split test --out report")
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="runs or artifacts")],
-    payload: Annotated[Path, typer.Option(help="payload folder")],
-    windows: Annotated[Path, typer.Option(help="windows .npz")],
-    out: Annotated[Path, typer.Option(help="folder for report.json and report.png")],
+    payload: Annotated[list[Path], typer.Option(help="payload folder; again for another corpus")],
+    windows: Annotated[list[Path], typer.Option(help="windows .npz, one for each --payload, in their order")],
+    out: Annotated[Path, typer.Option(help="folder for report.json, .md, .html and .png")],
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    index: Annotated[Path | None, typer.Option(help="index folder, searched instead of the artifacts' own")] = None,
+    rerank: Annotated[list[str] | None, typer.Option(help=RERANK)] = None,
     limit: Annotated[int | None, typer.Option(help="most windows to rank, a seeded sample")] = None,
     seed: Annotated[int, typer.Option(help="seed of the sample and of the intervals")] = 0,
-    gates: Annotated[str | None, typer.Option(help="epoch2, epoch4, final, target, stretch or deployment")] = None,
+    gate: Annotated[list[str] | None, typer.Option("--gates", help=GATES)] = None,
+    out_of_domain: Annotated[
+        Path | None, typer.Option(help="report.json of the same models on another corpus, for gates that want it")
+    ] = None,
 ) -> None:
-    """Rank models and baselines on the same windows over the whole payload; exit 1 when a gate fails."""
-    from fastlvm import Payload, Windows, workflow
+    """Rank models and baselines on the same windows over the whole payload; exit 1 when a gate fails.
+
+    What came out of a model is kept in the folder: the same command goes on where an interrupted one stopped.
+    """
+    from fastlvm import workflow
+    from fastlvm.evaluation import Report
+    from fastlvm.evaluation.compare import RANKS
 
     check_folder(out)
-    if gates is not None:
-        workflow.check_gate(gates)
-    report = workflow.evaluate_paths(
-        models, Payload.open(payload), Windows.open(windows), split=split, limit=limit, seed=seed, say=note
-    )
-    show(report.table())
-    workflow.write_report(report, out, say=note)
-    if gates is not None:
-        workflow.judge(report, gates, [workflow.model_name(model, models) for model in models], say=typer.echo)
+    gates = workflow.load_gates(gate or [], split)
+    elsewhere = None if out_of_domain is None else Report.open(out_of_domain)
+    corpora = workflow.open_corpora(payload, windows)
+    folders = workflow.report_folders(corpora, out)
+    try:
+        with RankingBar() as bar:
+            reports = workflow.evaluate_paths(
+                models,
+                corpora,
+                split=split,
+                limit=limit,
+                seed=seed,
+                index=index,
+                rerank=rerank or (),
+                outcomes=[folder / RANKS for folder in folders],
+                say=bar.say,
+                step=bar.step,
+            )
+    except KeyboardInterrupt:
+        raise interrupted(out, "the same command") from None
+    for report, folder in zip(reports, folders, strict=True):
+        show(report.table())
+        workflow.write_report(report, folder, say=note)
+    for report in reports:
+        workflow.refuse_faults(report)
+    if gates:
+        names = [workflow.model_name(model, models) for model in models]
+        workflow.judge(reports, gates, names, out, say=typer.echo, out_of_domain=elsewhere)
+
+
+@command(app, "compare", "fastlvm compare reports/mlp reports/mamba-s --out leaderboard.json")
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="report.json files, or folders with one")],
+    out: Annotated[Path | None, typer.Option(help=".json to write")] = None,
+) -> None:
+    """Rankers of several reports on one table; reports of other payloads, splits or settings are refused."""
+    from fastlvm.evaluation.compare import compare as places_of
+    from fastlvm.evaluation.compare import open_report
+    from fastlvm.evaluation.table import leaderboard
+
+    found = [open_report(path) for path in reports]
+    places = places_of(found)
+    show(leaderboard(found[0][1], places))
+    if out is not None:
+        write_json(out, {"format": "fastlvm-leaderboard", "version": 1, "places": [one.to_dict() for one in places]})
 
 
 @command(app, "export", "fastlvm export run --index index --precision int8 --out artifact")
@@ -243,7 +221,7 @@ def export(
     typer.echo(f"artifact written to {out}")
 
 
-@command(bench_app, "latency", "fastlvm bench latency artifact --threads 2 --gate ours --profile")
+@command(bench_app, "latency", "fastlvm bench latency artifact --threads 2 --gate ours-latency --profile")
 def bench_latency(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     context: Annotated[Path | None, typer.Option(help="float .npy of n x 5 x dim; golden windows when absent")] = None,
@@ -252,17 +230,15 @@ def bench_latency(
     repeats: Annotated[int, typer.Option(help="timed calls of each stage")] = 2000,
     rerank: Annotated[list[str] | None, typer.Option(help=RERANK)] = None,
     profile: Annotated[bool, typer.Option("--profile", help="what the model spends its time on, by layer")] = False,
-    gate: Annotated[
-        list[str] | None, typer.Option(help="epoch4, final, target, stretch, ours or ours-1-thread")
-    ] = None,
+    gate: Annotated[list[str] | None, typer.Option(help=GATES)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Time an artifact one context at a time: model, search, and both as a user calls them; exit 1 if a gate fails."""
     from fastlvm import Predictor
-    from fastlvm.evaluation import latency_gate
+    from fastlvm.evaluation import enforce, latency_gate
     from fastlvm.evaluation.latency import measure_predictor
 
-    gates = latency_gate.named(gate or [])
+    gates = latency_gate.load_gates(gate or [])
     threads = latency_gate.threads_of(gates, threads)
     if gates and k != latency_gate.K:
         raise InputError(f"-k is {k}, and a gate is of {latency_gate.K} chunks: leave out -k or --gate")
@@ -275,7 +251,7 @@ def bench_latency(
     parts = predictor.profile(contexts, repeats=min(repeats, 500)) if profile else None
     verdicts = latency_gate.judge(gates, latency, predictor.index.recall_at_50)
     print_latency(latency, parts, predictor.nbytes, verdicts, as_json=as_json)
-    latency_gate.enforce(verdicts)
+    enforce(verdicts)
 
 
 @command(app, "predict", "fastlvm predict artifact --context context.npy -k 10 --rerank mmr:0.7 --json")

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from fastlvm import gates
 from fastlvm.errors import FastlvmError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.progress import TaskID
 
+    from fastlvm.evaluation import Verdict
     from fastlvm.evaluation.latency import Latency
-    from fastlvm.evaluation.latency_gate import Verdict
     from fastlvm.retrieval import Index
     from fastlvm.training import RunSummary
     from fastlvm.training.sweep import Result
 
 INTERRUPTED = 130
+GATES = f"{', '.join(gates.names())}, or a .toml file"
 _EXTRAS = {"torch": "torch", "matplotlib": "plot", "mlx": "mlx"}
 
 
@@ -195,6 +197,10 @@ class TrainingBar:
             shown = {"cosine": "val_cosine", "R@5": "val_r@5", "unseen": "val_r@5_unseen"}
             figures = "  ".join(f"{name} {entry[key]:.4f}" for name, key in shown.items())
             self._bar.console.print(f"epoch {epoch:>3}  {trained}{figures}")
+            for row in entry.get("gates", []):
+                word = {None: "not judged in training", True: "met", False: "missed"}[row["passed"]]
+                value = "" if row["value"] is None else f" {row['value']:.4f}"
+                self._bar.console.print(f"gate {row['gate']}: {row['metric']}{value}, wanted {row['wanted']}: {word}")
             return
         if epoch != self._epoch:
             self._bar.start()  # not before there is something to draw: what comes first may be refused
@@ -203,6 +209,45 @@ class TrainingBar:
             self._task, self._epoch = self._bar.add_task(f"epoch {epoch} of {epochs}", total=steps), epoch
         assert self._task is not None
         self._bar.update(self._task, completed=step)
+
+
+class RankingBar:
+    """Says what an evaluation is about to do and, on a terminal, draws how much of it is done."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> RankingBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, share: float) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=1.0)
+        self._bar.update(self._task, completed=share)
 
 
 def training_verdict(summary: RunSummary) -> str:
@@ -266,12 +311,12 @@ def print_latency(
     if profile is not None:
         _print_profile(profile, nbytes)
     if verdicts:
-        gates = Table(title="gates")
+        judged = Table(title="gates")
         for title in ("gate", "wanted", "measured", ""):
-            gates.add_column(title)
+            judged.add_column(title)
         for verdict in verdicts:
-            gates.add_row(verdict.gate, verdict.wanted, verdict.measured, verdict.word)
-        show(gates)
+            judged.add_row(verdict.gate, verdict.wanted, verdict.measured, verdict.word)
+        show(judged)
 
 
 def _print_profile(profile: list[tuple[str, dict[str, float]]], nbytes: int) -> None:

@@ -68,7 +68,8 @@ def run(out: Path, *, progress: Callable[..., None] | None = None, say: Callable
     Index.build(payload, space=space).save(out / "index")
     export(best, out / "artifact", "int8", out / "index", payload=payload, windows=windows)
     paths, names = [out / "artifact", *others], [path.name for path in (best, *others)]
-    report = workflow.evaluate_paths(paths, payload, windows, name="sample payload", names=names, say=say)
+    corpus = workflow.Corpus(payload, windows, "sample payload")
+    [report] = workflow.evaluate_paths(paths, [corpus], names=names, say=say)
     workflow.write_report(report, out, say)
     return Demo(payload, windows, summaries, Predictor.load(out / "artifact"), report)
 
@@ -94,6 +95,7 @@ def places(out: Path) -> list[tuple[Path, str]]:
         (out / "runs", "of each model, checkpoints, the space and history.json"),
         (out / "index", "the FAISS index over the payload in that space"),
         (out / "artifact", "the better model: what fastlvm.Predictor.load takes; no torch needed"),
+        (out / "report.html", "the report as a page, to be read in a browser"),
         (out / "report.json", "every figure above with its interval"),
         (out / "report.png", "the chart"),
     ]

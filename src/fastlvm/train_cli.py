@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlvm.console import TrainingBar, interrupted, note, parse_settings, print_sweep, training_verdict
-from fastlvm.errors import InputError
+from fastlvm.console import GATES, TrainingBar, interrupted, note, parse_settings, print_sweep, training_verdict
+from fastlvm.errors import GateError, InputError
 
 NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for --set
+GATE = f"NAME@EPOCH, such as epoch-4@4: stop with exit code 1 unless validation meets the gate then; {GATES}"
 SET = "another setting of model or trainer, such as d_model=256"
 
 
@@ -30,6 +31,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="of the products of model and loss: fp32 or bf16")] = None,
     hard_negatives: Annotated[str | None, typer.Option(help="same-article:K or index:K")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="read articles backwards, as a control")] = False,
+    gate: Annotated[list[str] | None, typer.Option(help=GATE)] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help=SET)] = None,
 ) -> None:
     """Train a model; a run starts at the whitened recency mixture and keeps what validation R@5 says helps.
@@ -47,6 +49,7 @@ def train(
         "precision": precision,
         "hard_negatives": hard_negatives,
         "reverse": reverse or None,
+        "gates": gate or None,
     }
     settings = {key: value for key, value in given.items() if value is not None}
     settings |= parse_settings(setting or [], taken={*NAMED, *settings})
@@ -67,6 +70,8 @@ def train(
     if summary.first_process:
         typer.echo(training_verdict(summary))
         typer.echo(f"run       {summary.path}")
+        if summary.missed:
+            raise GateError(summary.missed)
 
 
 def sweep(

@@ -7,124 +7,200 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlvm.errors import FastlvmError, GateError, InputError, IntegrityError
+from fastlvm.errors import FastlvmError, InputError, IntegrityError
+from fastlvm.files import write_json
+from fastlvm.opening import K, Opened, model_name, open_model, stages_of
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Windows
-    from fastlvm.evaluation import Ranker, Report
-    from fastlvm.predictor import Predictor
+    from fastlvm.evaluation import Gate, Report
+    from fastlvm.evaluation.latency import Latency
 
 LATENCY_CONTEXTS = 500
+LATENCY_REPEATS, LATENCY_WARMUP = 300, 30
 
 
-def model_name(path: Path, among: Sequence[Path]) -> str:
-    """How a report calls the model of a folder: its name, its path where two have the same name."""
-    same = [other for other in among if other.resolve().name == path.resolve().name]
-    return path.resolve().name if len(same) == 1 else str(path)
+@dataclass(frozen=True)
+class Corpus:
+    """A payload with windows of it. name: how a report calls it, None = its folder's. clusters: see `evaluate`."""
+
+    payload: Payload
+    windows: Windows
+    name: str | None = None
+    clusters: np.ndarray | None = None
 
 
-def _open(path: Path, name: str, payload: Payload) -> tuple[Ranker, Predictor | None]:
-    """A run or an artifact as something to rank; an artifact's predictor beside it."""
-    from fastlvm.evaluation import Ranker
+def open_corpora(payloads: Sequence[Path], windows: Sequence[Path]) -> list[Corpus]:
+    """Payload folders with a window file each, in their order."""
+    from fastlvm.data import Payload, Windows
 
-    if not path.is_dir():
-        raise InputError(f"{path} is no folder: name a run or an artifact")
-    if (path / "golden.npz").exists():
-        from fastlvm.predictor import Predictor
-
-        predictor = Predictor.load(path)
-        _same_payload(path, predictor.payload_id, payload)
-        return Ranker(name, predictor.predict, predictor.index.space), predictor
-    from fastlvm.training import load_run, predict_with
-
-    model, config, space = load_run(path)
-    _same_payload(path, config["payload_id"], payload)
-    predict = predict_with(model)
-    return Ranker(name, lambda context: predict(space.apply(context)), space), None
+    if len(payloads) != len(windows):
+        raise InputError(
+            f"{len(payloads)} --payload and {len(windows)} --windows are given: name a window file for each payload"
+        )
+    opened = [Corpus(Payload.open(one), Windows.open(two)) for one, two in zip(payloads, windows, strict=True)]
+    for at, corpus in enumerate(opened):
+        if any(corpus.payload.id == other.payload.id for other in opened[:at]):
+            raise InputError(f"{corpus.payload.path} is given twice: name every payload once")
+    return opened
 
 
-def _same_payload(path: Path, found: str, payload: Payload) -> None:
-    if found != payload.id:
-        raise IntegrityError(f"{path} belongs to payload {found}, and {payload.path} is {payload.id}: name its own")
+def report_folders(corpora: Sequence[Corpus], out: Path) -> list[Path]:
+    """Where the report of each corpus goes: `out`, or where there are several, folders there of the payloads' names."""
+    if len(corpora) == 1:
+        return [out]
+    names = [corpus.payload.path.resolve().name for corpus in corpora]
+    return [
+        out / (name if names.count(name) == 1 else f"{name}-{corpus.payload.id}")
+        for name, corpus in zip(names, corpora, strict=True)
+    ]
 
 
 def evaluate_paths(
     paths: Sequence[Path],
-    payload: Payload,
-    windows: Windows,
+    corpora: Sequence[Corpus],
     *,
     split: str = "test",
     limit: int | None = None,
     seed: int = 0,
-    name: str | None = None,
     names: Sequence[str] | None = None,
-    clusters: np.ndarray | None = None,
+    index: Path | None = None,
+    rerank: Sequence[str] = (),
+    outcomes: Sequence[Path] | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> Report:
-    """Evaluate runs and artifacts beside the baselines; for artifacts also the time one query takes, batch 1.
+    step: Callable[[float], None] = lambda _: None,
+) -> list[Report]:
+    """A report a corpus, of runs and artifacts beside the baselines; with the time a query takes, batch 1, at home.
 
-    name: how the report calls the payload; names: how it calls the models. None takes those of the folders. clusters:
-    see `evaluate`.
+    names: how the reports call the models, None = as their folders. index: a folder, searched instead of the artifacts'
+    own and for runs. rerank: rerankers such as "mmr:0.7". outcomes: a folder a corpus, that keeps what came out.
+    say, step: as `evaluate` takes them. Raises InputError where a model is of none of the payloads.
     """
-    from fastlvm import get_num_threads
-    from fastlvm.evaluation import evaluate, measure_retrieval
+    from fastlvm.evaluation import evaluate
+    from fastlvm.retrieval import Index
 
     for at, path in enumerate(paths):
         if any(path.resolve() == other.resolve() for other in paths[:at]):
             raise InputError(f"{path} is named twice: name every run and artifact once")
     called = names or [model_name(path, paths) for path in paths]
-    opened = [_open(path, own, payload) for path, own in zip(paths, called, strict=True)]
-    rankers = [ranker for ranker, _ in opened]
-    report = evaluate(
-        rankers, payload, windows, split=split, limit=limit, seed=seed, name=name, clusters=clusters, progress=say
-    )
-    contexts = payload.take(windows.rows(split)[:LATENCY_CONTEXTS, :-1])
-    for ranker, predictor in opened:
-        if predictor is not None:
-            say(f"timing {ranker.name}")
-            search = functools.partial(predictor.index.search, k=50)
-            report.latency[ranker.name] = measure_retrieval(
-                predictor.predict, search, contexts, threads=get_num_threads()
+    searched = None if index is None else Index.open(index)
+    opened = [open_model(path, own, index=searched, rerank=rerank) for path, own in zip(paths, called, strict=True)]
+    for model in opened:
+        _check_home(model, corpora)
+    reports = []
+    for at, corpus in enumerate(corpora):
+        report = evaluate(
+            [model.over(corpus.payload) for model in opened],
+            corpus.payload,
+            corpus.windows,
+            split=split,
+            limit=limit,
+            seed=seed,
+            name=corpus.name,
+            clusters=corpus.clusters,
+            outcomes=None if outcomes is None else outcomes[at],
+            progress=say,
+            step=step,
+        )
+        contexts = corpus.payload.take(corpus.windows.rows(split)[:LATENCY_CONTEXTS, :-1])
+        for model in opened:
+            if model.payload_id == corpus.payload.id and model.index is not None:
+                say(f"timing {model.ranker.name}")
+                report.latency[model.ranker.name] = _latency(model, contexts, rerank)
+        reports.append(report)
+    return reports
+
+
+def _check_home(model: Opened, corpora: Sequence[Corpus]) -> None:
+    for corpus in corpora:
+        if model.context != corpus.windows.context:
+            raise InputError(
+                f"{model.path} takes contexts of {model.context} chunks, and the windows of {corpus.payload.path} have "
+                f"{corpus.windows.context}: build windows with --context {model.context}"
             )
-    return report
+    if all(model.payload_id != corpus.payload.id for corpus in corpora):
+        given = " and ".join(f"{corpus.payload.path} is {corpus.payload.id}" for corpus in corpora)
+        raise IntegrityError(f"{model.path} belongs to payload {model.payload_id}, and {given}: name its own")
+
+
+def _latency(model: Opened, contexts: np.ndarray, rerank: Sequence[str]) -> Latency:
+    from fastlvm import get_num_threads
+    from fastlvm.evaluation.latency import measure_predictor, measure_retrieval
+
+    assert model.index is not None
+    often = {"warmup": LATENCY_WARMUP, "repeats": LATENCY_REPEATS, "threads": get_num_threads()}
+    k = min(K, len(model.index))
+    if model.predictor is None or model.predictor.index is not model.index:
+        return measure_retrieval(model.ranker.predict, functools.partial(model.index.search, k=k), contexts, **often)
+    return measure_predictor(model.predictor, contexts, k, stages=stages_of(rerank), **often)
 
 
 def write_report(report: Report, out: Path, say: Callable[[str], None]) -> None:
-    """report.json and, with matplotlib, report.png in folder `out`."""
+    """report.json, report.md, report.html and, with matplotlib, report.png in folder `out`."""
+    from fastlvm.evaluation.markdown import write_markdown
+    from fastlvm.evaluation.page import write_page
+
     report.write(out / "report.json")
-    say(f"{out / 'report.json'} written")
+    write_markdown(report, out / "report.md")
+    write_page(report, out / "report.html")
+    written = [f"report.{kind}" for kind in ("json", "md", "html")]
     try:
         report.plot(out / "report.png")
-        say(f"{out / 'report.png'} written")
+        written.append("report.png")
     except FastlvmError as error:
-        say(f"no chart: {error}")
+        say(f"no charts: {error}")
+    say(f"{', '.join(written)} written to {out}")
 
 
-def check_gate(gate: str) -> None:
-    """Refuse, before the work, a gate that is not known."""
-    from fastlvm.evaluation.gates import GATES
+def refuse_faults(report: Report) -> None:
+    """Raise InputError with what a report found to be wrong with its models, if anything."""
+    faults = [finding["sentence"] for finding in report.findings if finding["level"] == "fault"]
+    if faults:
+        raise InputError(" ".join(faults))
 
-    if gate not in GATES:
-        raise InputError(f"gate {gate!r} is not known: choose one of {', '.join(GATES)}")
+
+def load_gates(gates: Sequence[str], split: str) -> list[Gate]:
+    """The gates of these names and files, each once; refuses, before the work, those that judge another split."""
+    from fastlvm.evaluation import load_gate
+    from fastlvm.evaluation.gates import check_split
+
+    found = list(dict.fromkeys(load_gate(gate) for gate in gates))
+    for gate in found:
+        check_split(gate, split)
+    return found
 
 
-def judge(report: Report, gate: str, names: Sequence[str], say: Callable[[str], None]) -> None:
-    """Say how every model stands to every threshold of a gate; then raise GateError where one is missed."""
-    from fastlvm.evaluation.gates import check
+def judge(
+    reports: Sequence[Report],
+    gates: Sequence[Gate],
+    names: Sequence[str],
+    out: Path,
+    say: Callable[[str], None],
+    out_of_domain: Report | None = None,
+) -> None:
+    """Say how every model stands to every limit, write it to gates.json in `out`, raise GateError where one is missed.
 
-    missed = []
-    for name in names:
-        for row in check(report, gate, model=name):
-            say(f"gate {gate}, {name}: {row}, {'passed' if row.passed else 'missed'}")
-            if not row.passed:
-                missed.append(f"{name}: {row}")
-    if missed:
-        raise GateError(f"gate {gate} missed: {'; '.join(missed)}")
+    A model is judged by the report of its own payload. out_of_domain: a report of models of the same names on another
+    corpus; None takes the first of `reports` that a model is out of its domain in.
+    """
+    from fastlvm.evaluation import check, enforce
+
+    rows = []
+    for gate in gates:
+        for name in names:
+            home = next(report for report in reports if report.row(name).domain == "in")
+            away = out_of_domain or next((report for report in reports if report.row(name).domain == "out"), None)
+            rows += check(home, gate, model=name, out_of_domain=away)
+    for row in rows:
+        say(f"gate {row.gate}, {row.model}: {row}, {'passed' if row.passed else 'missed'}")
+    write_json(out / "gates.json", [row.to_dict() for row in rows])
+    enforce(rows)
 
 
 def model_info(name: str, settings: dict[str, Any]) -> list[tuple[str, str]]:

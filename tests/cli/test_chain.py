@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cli.conftest import TINY, fastlvm, listing, ok, refused
 from fastlvm import Index, Payload, Predictor, Windows
-from fastlvm.evaluation import latency_gate
 from fastlvm.models import names
 from fastlvm.retrieval.rerank import Mmr
 
@@ -92,6 +92,33 @@ def test_train_prints_what_was_kept_and_resumes(made, tmp_path):
     again = fastlvm(*train, *TINY, "--resume")
     assert again.code == 0 and not again.err  # nothing was left to do
     assert "lr" in refused(*train, *TINY, "--resume", "--lr", 0.5)
+
+
+def test_a_gate_missed_in_training_exits_1_and_the_run_goes_on_without_it(made, tmp_path):
+    for name, bound in (("easy", 0.0), ("hard", 1.0)):
+        (tmp_path / f"{name}.toml").write_text(f'about = "x"\n[[limit]]\nmetric = "MRR"\nat_least = {bound}\n')
+    args = [
+        "train",
+        "--payload",
+        made.payload,
+        "--windows",
+        made.windows,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        2,
+        *TINY,
+    ]
+    gates = ["--gate", f"{tmp_path / 'easy.toml'}@1", "--gate", f"{tmp_path / 'hard.toml'}@1"]
+    for resume in ([], ["--resume"]):
+        missed = fastlvm(*args, *gates, *resume)
+        assert missed.code == 1 and str(tmp_path / "run") in missed.out
+        assert missed.err.splitlines()[-1].startswith("fastlvm: after epoch 1, gate hard missed: MRR is ")
+    first = fastlvm(*[arg if arg != tmp_path / "run" else tmp_path / "other" for arg in args], *gates[:2])
+    assert first.code == 0 and "gate easy: MRR " in first.err and "wanted ≥ 0: met" in first.err
+    assert fastlvm(*args, *gates[:2], "--resume").code == 0
+    for file in ("best.safetensors",):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
 
 
 def test_train_ar(made, tmp_path):
@@ -181,46 +208,55 @@ def test_bench_latency_with_rerankers(made):
     assert stages["total"]["p50"] > stages["mmr"]["p50"] > 0
 
 
-@pytest.fixture
-def gates(monkeypatch):
-    """Gates that this machine meets and misses, however busy it is."""
-    tables = {
-        "lax": {"threads": 1, "end_to_end_p95_ms": 1e6, "recall_at_50": 0.95},
-        "strict": {"threads": 1, "end_to_end_p95_ms": 1e6, "model_p50_ms": 1e-6},
-        "other": {"threads": 2, "end_to_end_p95_ms": 1e6},
-        "anywhere": {"search_p99_ms": 1e6},
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory):
+    """Files of gates that this machine meets and misses, however busy it is."""
+    total = '[[limit]]\nlatency = "total"\npercentile = "p95"\nat_most = 1e6\n'
+    recall = '[[limit]]\nsearch = "recall@50"\nat_least = 0.95\n'
+    model = '[[limit]]\nlatency = "model"\npercentile = "p50"\nat_most = 1e-6\n'
+    search = '[[limit]]\nlatency = "search"\npercentile = "p99"\nat_most = 1e6\n'
+    metric = '[[limit]]\nmetric = "R@5"\nat_least = 0.99\n'
+    content = {
+        "lax": "threads = 1\n" + total + recall,
+        "strict": "threads = 1\n" + total + model,
+        "other": "threads = 2\n" + total,
+        "anywhere": search + metric,
     }
-    for name, gate in latency_gate.parse(tables).items():
-        monkeypatch.setitem(latency_gate.GATES, name, gate)
+    folder = tmp_path_factory.mktemp("gates")
+    for name, text in content.items():
+        (folder / f"{name}.toml").write_text(f'about = "a test\'s"\n{text}')
+    return SimpleNamespace(**{name: folder / f"{name}.toml" for name in content})
 
 
 def test_a_gate_that_is_met(made, gates):
-    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", "lax", "--gate", "anywhere")
+    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", gates.lax, "--gate", gates.anywhere)
     shown = ok(*given)
-    assert "end_to_end_p95_ms ≤ 1e+06" in shown and "1.000 (exact)" in shown and "missed" not in shown
+    assert "total_p95_ms ≤ 1e+06" in shown and "1.000 (exact)" in shown and "missed" not in shown
+    assert "not judged" in shown
     assert "on 1 threads" in shown  # those of the gate
     found = json.loads(ok(*given, "--json"))
     assert [(row["gate"], row["metric"], row["passed"]) for row in found["gates"]] == [
-        ("lax", "end_to_end_p95_ms", True),
-        ("lax", "recall_at_50", True),
+        ("lax", "total_p95_ms", True),
+        ("lax", "recall@50", True),
         ("anywhere", "search_p99_ms", True),
+        ("anywhere", "R@5", None),
     ]
     assert found["gates"][0]["value"] == found["stages"]["total"]["p95"]
 
 
 def test_a_gate_that_is_missed_exits_1_and_says_by_what(made, gates):
-    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", "lax", "--gate", "strict")
+    given = ("bench", "latency", made.artifact, "--repeats", 5, "--gate", gates.lax, "--gate", gates.strict)
     result = fastlvm(*given)
     assert result.code == 1 and "missed" in result.out
     assert result.err.startswith("fastlvm: gate strict missed: model_p50_ms is ") and "≤ 1e-06" in result.err
-    assert "lax" not in result.err and "end_to_end" not in result.err
+    assert "lax" not in result.err and "total" not in result.err
     assert json.loads(fastlvm(*given, "--json").out)["gates"][-1]["passed"] is False
 
 
 def test_the_recall_of_lists_is_the_one_on_record(made, gates, tmp_path):
     ok("index", "build", made.payload, "--space", made.run, "--kind", "ivf_flat", "--out", tmp_path / "i")
     ok("export", made.run, "--index", tmp_path / "i", "--out", tmp_path / "a")
-    found = ok("bench", "latency", tmp_path / "a", "--repeats", 5, "--gate", "lax", "--json")
+    found = ok("bench", "latency", tmp_path / "a", "--repeats", 5, "--gate", gates.lax, "--json")
     row = json.loads(found)["gates"][1]
     assert (
         row["value"] == Index.open(tmp_path / "i").recall_at_50 and row["note"] == "recorded when the index was built"
@@ -228,10 +264,11 @@ def test_the_recall_of_lists_is_the_one_on_record(made, gates, tmp_path):
 
 
 def test_gates_that_cannot_be_judged_in_one_run_are_refused(made, gates):
-    given = ("bench", "latency", made.artifact, "--gate", "lax")
-    assert "choose of epoch4, " in refused("bench", "latency", made.artifact, "--gate", "nonsense")
+    given = ("bench", "latency", made.artifact, "--gate", gates.lax)
+    assert "choose one of deploy, " in refused("bench", "latency", made.artifact, "--gate", "nonsense")
+    assert "fastlvm eval --gates judges it" in refused("bench", "latency", made.artifact, "--gate", "epoch-2")
     assert refused(*given, "--threads", 2) == "gate lax is for threads 1, and not 2: run it by itself"
-    assert refused(*given, "--gate", "other") == "gate other is for threads 2, and not 1: run it by itself"
+    assert refused(*given, "--gate", gates.other) == "gate other is for threads 2, and not 1: run it by itself"
     assert refused(*given, "-k", 10).startswith("-k is 10, and a gate is of 50 chunks")
 
 
@@ -255,17 +292,28 @@ def test_a_gate_missed(made, tmp_path):
     args = ["eval", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "report"]
     missed = fastlvm(*args, "--gates", "final")
     assert missed.code == 1 and "gate final, run: R@5" in missed.out and "not measured" in missed.out
-    assert missed.err.splitlines()[-1].startswith("fastlvm: gate final missed: run: ")
+    assert missed.err.splitlines()[-1].startswith("fastlvm: gate final missed by run: ")
     assert "Traceback" not in missed.err and (tmp_path / "report" / "report.json").exists()
+    rows = json.loads((tmp_path / "report" / "gates.json").read_text())
+    assert [(row["gate"], row["model"], row["metric"]) for row in rows] == [
+        ("final", "run", name) for name in ("Contain@50", "Eff@5", "R@5", "total_p95_ms")
+    ]
+    assert rows[-1]["passed"] is False and rows[-1]["value"] is None
+
+
+def test_a_gate_of_another_split_is_refused_before_the_work(made, tmp_path):
+    args = ["eval", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "report"]
+    assert refused(*args, "--gates", "epoch-2").startswith("gate epoch-2 is about split validation, and not test")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_gate_passed_and_a_report_without_matplotlib(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     args = ["eval", made.run, "--payload", made.payload, "--windows", made.windows, "--out", tmp_path / "report"]
-    result = fastlvm(*args, "--gates", "epoch2")
+    result = fastlvm(*args, "--gates", "epoch-2", "--split", "validation")
     assert result.code == 0 and "no chart: drawing needs matplotlib" in result.err
-    assert "gate epoch2, run: cosine" in result.out and "passed" in result.out
-    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.json"]
+    assert "gate epoch-2, run: cosine" in result.out and "passed" in result.out
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["gates.json", "report.json"]
 
 
 @pytest.mark.parametrize("name", names())

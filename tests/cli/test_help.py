@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from cli.conftest import fastlvm
+from fastlvm import gates
 from fastlvm.cli import app
 
 SYNOPSIS = {
@@ -15,17 +16,21 @@ SYNOPSIS = {
     "payload import": "--out",
     "payload info": "",
     "payload verify": "",
-    "windows build": "--out --context --split --seed",
+    "windows build": "--out --context --split --seed --group-by --groups",
     "windows import": "--payload --out",
+    "windows align": "--payload --out --split --seed --allow-missing",
+    "windows remap": "--payload --out --split --seed --min-coverage",
     "windows export": "--payload --split --out",
     "windows verify": "--payload",
     "index build": "--kind --out --recall --space",
     "index add": "--vectors --keys",
     "index remove": "--keys",
     "index verify": "",
-    "train": "--model --payload --windows --objective --out --resume --precision --hard-negatives --reverse --set",
+    "train": "--model --payload --windows --objective --out --resume --hard-negatives --reverse --gate --set",
     "sweep": "--model --seeds --vary --jobs --payload --windows --out --set",
-    "eval": "--payload --windows --split --out --gates",
+    "eval": "--payload --windows --split --index --rerank --limit --seed --out --gates --out-of-domain",
+    "compare": "--out",
+    "diagnose": "--payload --windows --index --split --sample --seed --out --json",
     "export": "--index --out --precision",
     "bench latency": "--context -k --threads --repeats --rerank --profile --gate --json",
     "predict": "--context -k --json --keep-context --rerank --candidates --keys --threads",
@@ -85,3 +90,9 @@ def test_a_group_alone_shows_its_commands(words):
 def test_usage_errors_exit_2(args):
     result = fastlvm(*args)
     assert result.code == 2 and result.err and not result.out
+
+
+@pytest.mark.parametrize("name", ["eval", "bench latency", "train"])
+def test_help_lists_the_gates(name):
+    shown = "".join(letter for letter in fastlvm(*name.split(), "--help").out if letter.isalnum() or letter in "-,")
+    assert ",".join(gates.names()) in shown

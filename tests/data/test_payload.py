@@ -306,7 +306,7 @@ def test_text_files_that_do_not_match_are_refused(files, out, walks, ending):
         wrong = [dict(row) for row in good]
         wrong[5][name] = value
         refused(out, f"row 5 has {name} {value}", *walks, texts=write_texts(files, wrong, ending))
-    refused(out, "no column text|no string `text`", *walks, texts=write_texts(files, [{"row": 0}] * 24, ending))
+    refused(out, "no column text|no `text`", *walks, texts=write_texts(files, [{"row": 0}] * 24, ending))
 
 
 def test_text_files_that_cannot_be_read_are_refused(files, out, walks):

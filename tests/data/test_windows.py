@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -12,10 +13,18 @@ from hypothesis import strategies as st
 from fastlvm.data import Payload, Windows
 from fastlvm.data.split import article_counts, check_fractions, split_articles
 from fastlvm.errors import InputError, IntegrityError
+from fastlvm.files import sha256_json
 
 
 def every_window(windows):
     return np.concatenate([windows.rows(split) for split in windows.splits])
+
+
+@pytest.fixture(scope="session")
+def grouped(walk_payload):
+    """Windows over `walk_payload` in four groups of three articles each."""
+    groups = walk_payload.keys[:, 0] // 3 + 100
+    return Windows.build(walk_payload, split=(0.5, 0.25, 0.25), groups=groups, group_by="novel")
 
 
 def remade(windows, *, rows=None, keys=None, split=None, payload_id=None):
@@ -25,6 +34,8 @@ def remade(windows, *, rows=None, keys=None, split=None, payload_id=None):
         windows._rows if rows is None else rows,
         windows._keys if keys is None else keys,
         windows._split if split is None else split,
+        groups=windows._groups,
+        group_by=windows.group_by,
     )
 
 
@@ -71,24 +82,35 @@ def test_articles_are_in_one_split_each(walk_payload, sample_windows):
         sample_windows.rows("dev")
 
 
-def test_articles_of_a_work_are_in_one_split(walk_payload):
-    works = walk_payload.keys[:, 0] // 3 + 100
-    windows = Windows.build(walk_payload, split=(0.5, 0.25, 0.25), works=works)
-    assert [len(windows.articles(split)) for split in windows.splits] == [6, 3, 3]
-    for split in windows.splits:
-        articles = windows.articles(split)
-        assert sorted(articles) == sorted(3 * work + i for work in set(articles // 3) for i in range(3))
+def test_articles_of_a_group_are_in_one_split(grouped):
+    assert [len(grouped.articles(split)) for split in grouped.splits] == [6, 3, 3]
+    for split in grouped.splits:
+        articles = grouped.articles(split)
+        assert sorted(articles) == sorted(3 * group + i for group in set(articles // 3) for i in range(3))
+        np.testing.assert_array_equal(grouped.groups(split), grouped.keys(split)[:, 0] // 3 + 100)
+        assert grouped.groups(split).dtype == np.int32
+    assert grouped.group_by == "novel"
+    assert grouped.group_overlap() == 0
 
 
-def test_works_that_are_no_works_are_refused(walk_payload):
+def test_without_groups_there_are_none(sample_windows):
+    assert sample_windows.groups("test") is sample_windows.group_by is sample_windows.group_overlap() is None
+    with pytest.raises(InputError, match="split is 'dev'"):
+        sample_windows.groups("dev")
+
+
+def test_groups_that_are_no_groups_are_refused(walk_payload):
     n = len(walk_payload)
-    for works, message in (
-        (np.zeros(n - 1, int), rf"works is int64 \[{n - 1}\]"),
-        (np.zeros(n), "works is float64"),
-        (np.arange(n), "works puts article 0 into more than one work"),
+    for groups, message in (
+        (np.zeros(n - 1, int), rf"groups is int64 \[{n - 1}\]"),
+        (np.zeros(n), "groups is float64"),
+        (np.zeros(n, bool), "groups is bool"),
+        (np.arange(n), "groups puts article 0 into more than one group"),
+        (walk_payload.keys[:, 0] - 1, "groups go from -1 to 10"),
+        (np.full(n, 2**31), f"groups go from {2**31}"),
     ):
         with pytest.raises(InputError, match=message):
-            Windows.build(walk_payload, works=works)
+            Windows.build(walk_payload, groups=groups)
 
 
 def test_the_split_is_of_the_seed(walk_payload):
@@ -172,6 +194,57 @@ def test_saved_windows_come_back(tmp_path, sample_windows):
         np.testing.assert_array_equal(found.keys(split), sample_windows.keys(split))
     with np.load(path, allow_pickle=False) as arrays:
         assert json.loads(str(arrays["meta"][0]))["payload_id"] == sample_windows.payload_id
+
+
+def test_windows_without_groups_keep_their_id(tmp_path, walk_payload, sample_windows):
+    """Of files written before there were groups: neither the array nor the record's entry is there."""
+    arrays = stored(sample_windows, tmp_path / "w.npz")
+    meta = json.loads(str(arrays["meta"][0]))
+    assert meta.pop("group_by") is None and "groups" not in arrays
+    np.savez(tmp_path / "old.npz", **arrays | {"meta": np.array([json.dumps(meta)])})
+    assert Windows.open(tmp_path / "old.npz").id == sample_windows.id
+    content = {"payload_id": sample_windows.payload_id, "context": 5}
+    for name, kind in (("rows", "<i8"), ("truth_keys", "<i4"), ("split", "u1")):
+        called = name.removeprefix("truth_")
+        content[called] = hashlib.sha256(arrays[name].astype(kind).tobytes()).hexdigest()
+    assert sample_windows.id == sha256_json(content)[:16]
+
+
+def test_saved_groups_come_back_and_are_of_the_id(tmp_path, grouped):
+    grouped.save(tmp_path / "w.npz")
+    found = Windows.open(tmp_path / "w.npz")
+    assert (found.id, found.group_by) == (grouped.id, "novel")
+    for split in found.splits:
+        np.testing.assert_array_equal(found.groups(split), grouped.groups(split))
+    plain = Windows(grouped.payload_id, *grouped.arrays())
+    other = Windows(grouped.payload_id, *grouped.arrays(), groups=grouped._groups + 1)
+    assert len({grouped.id, plain.id, other.id}) == 3
+    assert other.group_by == "groups"
+
+
+@pytest.mark.parametrize(
+    ("groups", "by", "match"),
+    [
+        (lambda a: a[:-1], "novel", r"groups int32 \[179\] by 'novel', and wants int32 \[180\]"),
+        (lambda a: a[:, None], "novel", r"groups int32 \[180, 1\]"),
+        (lambda a: a.astype(np.int64), "novel", "groups int64"),
+        (lambda a: a.astype(float), "novel", "groups float64"),
+        (None, "novel", "groups none by 'novel'"),
+        (lambda a: a, None, "by None"),
+        (lambda a: a, 3, "by 3"),
+        (lambda a: a + 1, "novel", "its content gives"),
+        (None, None, "its content gives"),
+    ],
+)
+def test_groups_that_do_not_go_with_the_windows_are_refused(tmp_path, grouped, groups, by, match):
+    arrays = stored(grouped, tmp_path / "w.npz")
+    held = arrays.pop("groups")
+    if groups is not None:
+        arrays["groups"] = groups(held)
+    meta = json.loads(str(arrays["meta"][0])) | {"group_by": by}
+    np.savez(tmp_path / "w.npz", **arrays | {"meta": np.array([json.dumps(meta)])})
+    with pytest.raises(IntegrityError, match=match):
+        Windows.open(tmp_path / "w.npz")
 
 
 def stored(sample_windows, path):
@@ -264,7 +337,7 @@ def test_the_gate_passes_its_own(walk_payload, sample_windows):
     assert figures.target_cosine_min == pytest.approx(1, abs=1e-5)
     assert abs(figures.random_pair_cosine) < 0.2
     assert figures.article_overlap == 0
-    assert str(figures).count("1.0000") == 4 and "random pairs" in str(figures)
+    assert str(figures).count("1.0000") == 4 and "random pairs" in str(figures) and "groups" not in str(figures)
     assert sample_windows.verify(walk_payload, sample=7).windows == 7
     assert sample_windows.verify(walk_payload, sample=None).windows == 180
     with pytest.raises(InputError, match="sample is 0"):
@@ -343,6 +416,13 @@ def test_overlapping_articles_are_refused(walk_payload, sample_windows):
     windows = remade(sample_windows, split=split)
     assert windows.article_overlap() == 1
     gate(windows, walk_payload, "1 articles in more than one split")
+
+
+def test_overlapping_groups_are_refused(walk_payload, grouped):
+    assert str(grouped.verify(walk_payload)).count("groups in two splits 0") == 1
+    windows = remade(grouped, split=grouped._keys[:, 0] % 3)  # no article in two splits, and every group in three
+    assert (windows.article_overlap(), windows.group_overlap()) == (0, 4)
+    gate(windows, walk_payload, r"4 groups \(novel\) in more than one split")
 
 
 def test_no_windows_are_refused(walk_payload, sample_windows):

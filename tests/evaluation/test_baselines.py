@@ -5,9 +5,10 @@ import pytest
 
 from fastlvm.data import Payload, Space, Windows
 from fastlvm.evaluation import baselines
-from fastlvm.evaluation.metrics import exact_ranks
 from fastlvm.evaluation.ranker import Pool, Pools, predict_all
+from fastlvm.evaluation.ranks import exact_ranks
 
+ORACLES = ["target as query", "next by key"]
 NAMES = [
     "random",
     "global mean",
@@ -18,6 +19,7 @@ NAMES = [
     "whitened copy-last",
     "whitened mixture",
     "whitened ridge",
+    *ORACLES,
 ]
 
 
@@ -39,7 +41,8 @@ def context(payload, windows):
 def test_all_are_there_each_in_its_space(fitted, space):
     assert list(fitted) == NAMES
     for name, ranker in fitted.items():
-        assert ranker.kind == "baseline"
+        assert ranker.kind == ("oracle" if name in ORACLES else "baseline")
+        assert ranker.keys == (name == "next by key")
         assert (ranker.space is space) == name.startswith("whitened"), name
         assert (ranker.space is None) == (not name.startswith("whitened")), name
 
@@ -58,8 +61,9 @@ def test_each_predicts_what_its_name_says(fitted, context, payload, windows, spa
     np.testing.assert_allclose(fitted["whitened mixture"].predict(context), want, atol=1e-5)
 
 
-def test_random_draws_payload_rows_and_repeats_with_the_seed(payload, context):
-    one, two, three = (baselines.random_rows(payload, seed=s).predict(context) for s in (0, 0, 1))
+def test_random_draws_payload_rows_and_repeats_with_the_seed(payload, windows):
+    rows = windows.rows("test")
+    one, two, three = (baselines.random_rows(payload, seed=s).predict(rows) for s in (0, 0, 1))
     np.testing.assert_array_equal(one, two)
     assert not np.array_equal(one, three)
     everything = payload.take(np.arange(len(payload)))
@@ -110,11 +114,34 @@ def test_ridge_finds_a_linear_law(tmp_path):
     test = windows.rows("test")
     recall = {}
     for ranker in baselines.fit_baselines(payload, windows):
-        predictions = predict_all(ranker, payload, test[:, :-1])
+        predictions = predict_all(ranker, payload, test)
         recall[ranker.name] = np.mean(
             exact_ranks(predictions, Pool(payload, ranker.space), test[:, -1], test[:, :-1]) <= 1
         )
     assert recall["ridge"] > 0.9 > 0.5 > recall["copy-last"]
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_moments_of_runs_are_those_of_the_windows_one_by_one(repeated):
+    rng = np.random.default_rng(3)
+    vectors = (rng.standard_normal((400, 6)) + 0.7).astype(np.float32)
+    runs = [(0, 40), (41, 42), (60, 200), (150, 220) if repeated else (230, 240), (300, 395)]
+    windows = np.concatenate([np.arange(first, last)[:, None] + np.arange(6) for first, last in runs])
+    mean, xx, xy = baselines._moments(vectors, rng.permutation(windows))
+    x = vectors[windows[:, :-1]].reshape(len(windows), -1).astype(np.float64)
+    y = vectors[windows[:, -1]].astype(np.float64)
+    np.testing.assert_allclose(mean, x.mean(axis=0), atol=1e-6)
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    np.testing.assert_allclose(xx, x.T @ x, atol=2e-6 * len(x))
+    np.testing.assert_allclose(xy, x.T @ y, atol=2e-6 * len(x))
+
+
+def test_the_oracles_predict_the_target_and_what_the_key_says_is_next(fitted, payload, windows):
+    rows = windows.rows("test")
+    np.testing.assert_array_equal(fitted["target as query"].predict(rows), payload.take(rows[:, -1]))
+    np.testing.assert_array_equal(fitted["next by key"].predict(rows), payload.take(rows[:, -1]))
+    at_the_end = np.array([[0, len(payload) - 1, 0]])
+    np.testing.assert_array_equal(fitted["next by key"].predict(at_the_end), payload.take(at_the_end[:, 1]))
 
 
 def test_nothing_is_fitted_on_test_articles(payload, windows, space, tmp_path):
@@ -135,7 +162,8 @@ def test_nothing_is_fitted_on_test_articles(payload, windows, space, tmp_path):
 
 def test_without_training_windows_only_what_needs_none_is_left(payload):
     everything = Windows.build(payload, split=(0.0, 0.0, 1.0))
-    assert [r.name for r in baselines.fit_baselines(payload, everything)] == ["random", "copy-last", "mean"]
+    found = [r.name for r in baselines.fit_baselines(payload, everything)]
+    assert found == ["random", "copy-last", "mean", *ORACLES]
 
 
 def test_a_pool_gives_the_same_kept_or_not(payload, space):
@@ -155,3 +183,15 @@ def test_a_candidate_is_judged_on_enough_windows_of_a_large_payload(pool, count)
     found = baselines._sample(rows, pool, 0, most=4000)
     assert len(found) == count and len(np.unique(found[:, 0])) == count
     assert len(baselines._sample(rows[:150], pool, 0, most=4000)) == 150
+
+
+def test_what_a_ranker_combines_is_what_it_predicts(fitted, payload, windows, space):
+    rows = windows.rows("test")
+    combining = {name: ranker for name, ranker in fitted.items() if ranker.combine is not None}
+    assert set(combining) == set(NAMES) - {"global mean", "ridge", "whitened ridge"}
+    for name, ranker in combining.items():
+        of, weights = ranker.combine(rows)
+        vectors = payload.take(of) if ranker.space is None else space.apply(payload.take(of))
+        np.testing.assert_allclose(
+            predict_all(ranker, payload, rows), np.einsum("nmd,m->nd", vectors, weights), atol=1e-6, err_msg=name
+        )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fastlvm
 from fastlvm.data import Space
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.evaluation.metrics import exact_ranks
+from fastlvm.evaluation.ranks import exact_ranks
 from fastlvm.models import names
 from fastlvm.models.tower import Tower, arrays
 from fastlvm.retrieval import Index

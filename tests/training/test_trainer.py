@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastlvm.data import Windows
 from fastlvm.errors import InputError, IntegrityError
-from fastlvm.evaluation.metrics import exact_ranks
+from fastlvm.evaluation.ranks import exact_ranks
 from fastlvm.models import ModelConfig, create
 from fastlvm.models.tower import Tower
 from fastlvm.training import checkpoint, load_run, train
@@ -51,7 +51,8 @@ def test_files_and_history(run):
         "train_ar_cosine",
         "val_loss",
         "val_cosine",
-        "val_r@5",
+        *(f"val_{name}" for name in ("r@1", "r@5", "r@10", "mrr@10", "mrr", "contain@20", "contain@50", "eff@5")),
+        "val_median_rank",
         "val_r@5_unseen",
         "negatives",
         "lr",

@@ -20,7 +20,10 @@ SAME = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """Figures of the integrity gate; windows: how many were compared. The random pairs are of different articles."""
+    """Figures of the integrity gate; windows: how many were compared. The random pairs are of different articles.
+
+    article_overlap, group_overlap: how many are in more than one split; the latter is None where there are no groups.
+    """
 
     context_cosine_min: float
     context_cosine_mean: float
@@ -29,13 +32,15 @@ class Alignment:
     random_pair_cosine: float
     article_overlap: int
     windows: int
+    group_overlap: int | None = None
 
     def __str__(self) -> str:
+        groups = "" if self.group_overlap is None else f"groups in two splits {self.group_overlap}, "
         return (
             f"context cosine {self.context_cosine_mean:.4f} (min {self.context_cosine_min:.4f}), "
             f"target cosine {self.target_cosine_mean:.4f} (min {self.target_cosine_min:.4f}), "
             f"random pairs {self.random_pair_cosine:.4f}, "
-            f"articles in two splits {self.article_overlap}, {self.windows} windows compared"
+            f"articles in two splits {self.article_overlap}, {groups}{self.windows} windows compared"
         )
 
 
@@ -90,6 +95,11 @@ def check_alignment(
         raise IntegrityError(
             f"{name} have {alignment.article_overlap} articles in more than one split, and want 0: {remedy}"
         )
+    if alignment.group_overlap:
+        raise IntegrityError(
+            f"{name} have {alignment.group_overlap} groups ({windows.group_by}) in more than one split, and want 0: "
+            f"{remedy}"
+        )
     return alignment
 
 
@@ -116,6 +126,7 @@ def _figures(windows: Windows, payload: Payload, rows: np.ndarray, by_key: np.nd
         random_pair_cosine=random_pair_cosine(payload, seed),
         article_overlap=windows.article_overlap(),
         windows=len(rows),
+        group_overlap=windows.group_overlap(),
     )
 
 

@@ -1,41 +1,57 @@
-"""Finding windows in a payload by their vectors alone."""
+"""Held windows against the rows of a payload: by their keys, or by their vectors alone."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
 from fastlvm.data import rows as table
 from fastlvm.data.alignment import SAME, cosine, random_pair_cosine
+from fastlvm.data.held import HeldWindows
 from fastlvm.data.payload import Payload
 from fastlvm.errors import IntegrityError
 
 _POOL = 16384
 
 
-def match(pieces: Iterator[np.ndarray], count: int, context: int, payload: Payload, path: str) -> np.ndarray:
-    """Payload rows of `count` windows: int64 [count, context + 1].
+def row_cosines(held: HeldWindows, rows: np.ndarray, payload: Payload) -> np.ndarray:
+    """Cosine of every held vector with the payload's row in its place: float32 [count, context + 1].
 
-    pieces: float32 [n, context + 1, dim]. Every row whose vector is the target's is a candidate; the first one that
-    ends a run of the context's own vectors is taken. Raises IntegrityError with the count of windows without one.
+    rows: int64 [count, context + 1], -1 where the payload has none; the cosine is 0 there.
     """
-    last = np.full(count, -1, np.int64)
-    best = np.zeros(count, np.float32)
-    first = 0
-    for piece in pieces:
-        part = slice(first, first + len(piece))
-        last[part], best[part] = _match_block(table.normalised(piece), context, payload)
-        first += len(piece)
-    missing = last < 0
+    cosines = np.zeros(rows.shape, np.float32)
+    for part, piece in held.blocks():
+        wanted = rows[part]
+        there = wanted >= 0
+        cosines[part][there] = cosine(piece[there], payload.take(wanted[there]))
+    return cosines
+
+
+def find_runs(held: HeldWindows, payload: Payload) -> tuple[np.ndarray, np.ndarray]:
+    """Payload rows of held windows by their vectors: int64 [count, context + 1]; best cosine of a target, float32.
+
+    Every row whose vector is the target's is a candidate; the first one that ends a run of the context's own vectors
+    is taken. A window without one has rows of -1.
+    """
+    last = np.full(held.count, -1, np.int64)
+    best = np.zeros(held.count, np.float32)
+    for part, piece in held.blocks():
+        last[part], best[part] = _match_block(table.normalised(piece), held.context, payload)
+    runs = last[:, None] + np.arange(-held.context, 1)
+    return np.where(last[:, None] < 0, -1, runs), best
+
+
+def match(held: HeldWindows, payload: Payload) -> np.ndarray:
+    """Payload rows of held windows, int64 [count, context + 1]; IntegrityError where one has no run there."""
+    rows, best = find_runs(held, payload)
+    missing = rows[:, -1] < 0
     if missing.any():
         raise IntegrityError(
-            f"{path} does not come from payload {payload.path}: {np.count_nonzero(missing)} of {count} windows have no "
-            f"run of chunks there with their vectors (first: window {int(np.argmax(missing))}); the nearest row to "
-            f"their target has cosine {np.nan_to_num(best[missing]).mean():.4f} on average (random pairs "
-            f"{random_pair_cosine(payload):.4f}), wants ≥ {SAME}: take the payload they were made from"
+            f"{held.path} does not come from payload {payload.path}: {np.count_nonzero(missing)} of {held.count} "
+            f"windows have no run of chunks there with their vectors (first: window {int(np.argmax(missing))}); the "
+            f"nearest row to their target has cosine {np.nan_to_num(best[missing]).mean():.4f} on average "
+            f"(random pairs {random_pair_cosine(payload):.4f}), wants ≥ {SAME}: take the payload they were made from"
         )
-    return last[:, None] + np.arange(-context, 1)
+    return rows
 
 
 def _match_block(windows: np.ndarray, context: int, payload: Payload) -> tuple[np.ndarray, np.ndarray]:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlvm.data import npz, pickles
-from fastlvm.data.alignment import SAME, cosine, random_pair_cosine, window_keys
-from fastlvm.data.matching import match
+from fastlvm.data.alignment import SAME, random_pair_cosine, window_keys
+from fastlvm.data.held import BLOCK, CONTEXTS, HeldWindows, find
+from fastlvm.data.matching import match, row_cosines
 from fastlvm.data.payload import Payload
 from fastlvm.data.provenance import now, version
 from fastlvm.errors import InputError, IntegrityError
 from fastlvm.files import atomic_file
-
-_CONTEXTS = ("context_sequences", "contexts", "sequences", "train_context_sequences")
-_TARGETS = ("target_vectors", "targets", "train_target_vectors")
-_BLOCK = 2048
 
 
 def import_payload(path: str | os.PathLike[str], dir: str | os.PathLike[str], *, encoder: str = "unknown") -> Payload:
@@ -110,7 +106,7 @@ def import_ordered(path: str | os.PathLike[str], dir: str | os.PathLike[str], *,
     """Build the payload `dir` from the predecessor's ordered export: vectors, article_indices, chunk_indices, texts."""
     notices = ["cpe_ids of the imported file were not kept."]
     with npz.Archive(path) as archive:
-        if "vectors" not in archive and _find(archive, _CONTEXTS):
+        if "vectors" not in archive and find(archive, CONTEXTS):
             raise InputError(f"{archive.path} holds windows, not a payload: import it with fastlvm windows import")
         vectors, articles, chunks = (archive.array(name) for name in ("vectors", "article_indices", "chunk_indices"))
         texts = _strings(archive, "concept_texts", len(vectors))
@@ -140,10 +136,6 @@ def _strings(archive: npz.Archive, name: str, rows: int | None) -> list[str | No
     return values.tolist()
 
 
-def _find(archive: npz.Archive, aliases: tuple[str, ...]) -> str | None:
-    return next((name for name in aliases if name in archive), None)
-
-
 @dataclasses.dataclass(frozen=True)
 class ImportedWindows:
     """Windows matched to a payload: rows int64 [n, context + 1], keys int32 [n, 2], source in words."""
@@ -155,95 +147,23 @@ class ImportedWindows:
 
 def import_windows(path: str | os.PathLike[str], payload: Payload) -> ImportedWindows:
     """Match a window .npz to payload rows; see `Windows.import_predecessor`."""
-    with npz.Archive(path) as archive:
-        names = _find(archive, _CONTEXTS), _find(archive, _TARGETS)
-        if names[0] is None or names[1] is None:
-            missing = "contexts" if names[0] is None else "targets"
-            raise InputError(
-                f"{path} has no {missing}: it has {', '.join(sorted(archive.names))}, and wants one of "
-                f"{', '.join(_CONTEXTS if names[0] is None else _TARGETS)}"
-            )
-        contexts, targets = str(names[0]), str(names[1])
-        count, context = _check_shapes(archive, contexts, targets, payload)
-        source = _source(archive)
-        keys = _truth_keys(archive, count)
-        pieces = _pieces(archive, contexts, targets)
-        if keys is None:
-            rows = match(pieces, count, context, payload, str(path))
-            return ImportedWindows(rows, payload.keys[rows[:, -1]], source)
-        rows = payload.rows_of(window_keys(keys, context))
-        _check_by_key(pieces, rows, payload, str(path))
-        return ImportedWindows(rows, keys.astype(np.int32), source)
+    held = HeldWindows.predecessor(path, payload)
+    if held.keys is None:
+        rows = match(held, payload)
+        return ImportedWindows(rows, payload.keys[rows[:, -1]], held.source)
+    rows = payload.rows_of(window_keys(held.keys, held.context))
+    _check_by_key(held, rows, payload)
+    return ImportedWindows(rows, held.keys.astype(np.int32), held.source)
 
 
-def _check_shapes(archive: npz.Archive, contexts: str, targets: str, payload: Payload) -> tuple[int, int]:
-    (shape, dtype), (target_shape, target_dtype) = archive.header(contexts), archive.header(targets)
-    floats = dtype.name in ("float16", "float32", "float64") and target_dtype.name in ("float16", "float32", "float64")
-    if len(shape) != 3 or 0 in shape or not floats or target_shape != (shape[0], shape[2]):
-        raise InputError(
-            f"{archive.path} has {contexts} {dtype} {list(shape)} and {targets} {target_dtype} {list(target_shape)}, "
-            "and wants floats [n, context, dim] and [n, dim]"
-        )
-    if shape[2] != payload.dim:
-        raise InputError(
-            f"{archive.path} has vectors of {shape[2]} dimensions, and payload {payload.path} {payload.dim}"
-        )
-    return shape[0], shape[1]
-
-
-def _truth_keys(archive: npz.Archive, count: int) -> np.ndarray | None:
-    if "truth_keys" not in archive:
-        return None
-    keys = archive.array("truth_keys")
-    if keys.shape != (count, 2) or keys.dtype.kind not in "iu":
-        raise InputError(
-            f"{archive.path} has truth_keys {keys.dtype} {list(keys.shape)}, and wants whole numbers [{count}, 2]"
-        )
-    return keys.astype(np.int64)
-
-
-def _source(archive: npz.Archive) -> str:
-    """What the file says of its own origin, shortened; anything that is not JSON text is named, not kept."""
-    said = ""
-    if "provenance" in archive:
-        raw = archive.array("provenance", objects=pickles.read)
-        text = raw.reshape(-1)[0] if raw.size else ""
-        try:
-            record = json.loads(text) if isinstance(text, str) else None
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict):
-            parts = [
-                f"{name} {record[name]}"
-                for name in ("embedder_id", "payload_build_id", "data_source")
-                if record.get(name)
-            ]
-            said = "; ".join(str(part)[:200] for part in parts)
-        else:
-            said = "provenance not readable"
-    return f"imported from {archive.path.name}" + (f" ({said})" if said else "")
-
-
-def _pieces(archive: npz.Archive, contexts: str, targets: str) -> Iterator[np.ndarray]:
-    """Vectors of windows, context first: float32 [n, context + 1, dim] in blocks."""
-    for head, last in zip(archive.blocks(contexts, _BLOCK), archive.blocks(targets, _BLOCK), strict=True):
-        yield np.concatenate([head, last[:, None]], axis=1, dtype=np.float32)
-
-
-def _check_by_key(pieces: Iterator[np.ndarray], rows: np.ndarray, payload: Payload, path: str) -> None:
-    cosines = np.zeros(rows.shape, np.float32)
-    first = 0
-    for piece in pieces:
-        wanted = rows[first : first + len(piece)]
-        there = wanted >= 0
-        cosines[first : first + len(piece)][there] = cosine(piece[there], payload.take(wanted[there]))
-        first += len(piece)
+def _check_by_key(held: HeldWindows, rows: np.ndarray, payload: Payload) -> None:
+    cosines = row_cosines(held, rows, payload)
     good = (cosines >= SAME).all(axis=1)  # NaN is not
     if good.all():
         return
     unknown = int(np.count_nonzero((rows < 0).any(axis=1)))
     raise IntegrityError(
-        f"{path} does not come from payload {payload.path}: {np.count_nonzero(~good)} of {len(rows)} windows hold "
+        f"{held.path} does not come from payload {payload.path}: {np.count_nonzero(~good)} of {len(rows)} windows hold "
         f"other vectors than their truth keys stand for (first: window {int(np.argmin(good))}; {unknown} with keys "
         f"that the payload has not); target cosine {np.nan_to_num(cosines[:, -1]).mean():.4f}, context cosine "
         f"{np.nan_to_num(cosines[:, :-1]).mean():.4f} (random pairs {random_pair_cosine(payload):.4f}), wants ≥ "
@@ -266,7 +186,7 @@ def export_windows(path: str | os.PathLike[str], payload: Payload, rows: np.ndar
         "creation_tool": f"fastlvm windows export {version()}",
         "data_source": record.source,
     }
-    parts = [slice(first, first + _BLOCK) for first in range(0, count, _BLOCK)]
+    parts = [slice(first, first + BLOCK) for first in range(0, count, BLOCK)]
     with atomic_file(path) as temporary, npz.Writer(temporary) as writer:
         heads = (payload.take(rows[part, :-1]) for part in parts)
         writer.blocks("context_sequences", (count, context, payload.dim), "<f4", heads)

@@ -1,4 +1,4 @@
-"""Splitting windows by article, so that no article is in two splits."""
+"""Splitting windows by article, or by groups of them, so that none is in two splits."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ def check_fractions(split: Any) -> tuple[float, float, float]:
     if not all(math.isfinite(value) and value >= 0 for value in values) or abs(total - 1) > _SLACK:
         raise InputError(f"split is {tuple(values)}, which sums to {total:g}, and wants {wants}")
     return values[0] / total, values[1] / total, values[2] / total
+
+
+def check_split(split: Any) -> str | tuple[float, float, float]:
+    """The name of the split that takes every window, or three fractions. Raises InputError."""
+    if not isinstance(split, str):
+        return check_fractions(split)
+    name = ALIASES.get(split, split)
+    if name not in SPLITS:
+        raise InputError(f"split is {split!r}, and wants fractions or one of {', '.join(SPLITS)}")
+    return name
+
+
+def split_numbers(numbers: np.ndarray, split: str | tuple[float, float, float], seed: int) -> np.ndarray:
+    """What `check_split` gave, as the split of each entry of `numbers` [n], articles or groups: uint8 [n]."""
+    if isinstance(split, str):
+        return np.full(len(numbers), SPLITS.index(split), np.uint8)
+    return split_articles(numbers, split, seed)
 
 
 def split_articles(articles: np.ndarray, fractions: tuple[float, float, float], seed: int) -> np.ndarray:

@@ -72,14 +72,7 @@ def _encodes(value: str) -> bool:
 
 
 def _from_file(path: Path, keys: np.ndarray) -> tuple[Strings, Strings]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: name a .parquet, .jsonl or .jsonl.gz file with texts")
-    if path.name.endswith(".parquet"):
-        columns = _read_parquet(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        columns = _read_jsonl(path)
-    else:
-        raise InputError(f"{path} has an ending that is not known: .parquet, .jsonl or .jsonl.gz is wanted")
+    columns = read_columns(path, COLUMNS, "text")
     count = len(columns["text"])
     if count != len(keys):
         raise InputError(f"{path} has {count} texts for {len(keys)} vectors: one text a vector is wanted")
@@ -98,30 +91,45 @@ def _from_file(path: Path, keys: np.ndarray) -> tuple[Strings, Strings]:
     return texts, titles
 
 
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
+def read_columns(path: Path, names: Sequence[str], required: str) -> dict[str, list[Any]]:
+    """Those columns of `names` that a .parquet, .jsonl or .jsonl.gz file has, as Python values. Raises InputError.
+
+    required: the one that it has to have. A column that a .jsonl lacks is empty.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name a .parquet, .jsonl or .jsonl.gz file with a column {required}")
+    if path.name.endswith(".parquet"):
+        return _read_parquet(path, names, required)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _read_jsonl(path, names, required)
+    raise InputError(f"{path} has an ending that is not known: .parquet, .jsonl or .jsonl.gz is wanted")
+
+
+def _read_parquet(path: Path, names: Sequence[str], required: str) -> dict[str, list[Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        names = [name for name in COLUMNS if name in file.schema_arrow.names]
-        if "text" not in names:
-            raise InputError(f"{path} has no column text: it has {', '.join(file.schema_arrow.names) or 'none'}")
-        return file.read(columns=names).to_pydict()
+        there = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
+        if required not in there:
+            known = ", ".join(file.schema_arrow.names) or "none"
+            raise InputError(f"{path} has no column {required}: it has {known}")
+        return file.read(columns=there).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a parquet file that can be read ({_one_line(error)})") from error
 
 
-def _read_jsonl(path: Path) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+def _read_jsonl(path: Path, names: Sequence[str], required: str) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     present: set[str] | None = None
     row = 0
     try:
         with _opener(path)(path, "rt", encoding="utf-8") as lines:
             for row, line in enumerate(lines):
                 record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise InputError(f"{path} row {row} has no string `text`: one JSON object a line is wanted")
+                if not isinstance(record, dict) or record.get(required) is None:
+                    raise InputError(f"{path} row {row} has no `{required}`: one JSON object a line is wanted")
                 here = record.keys() & columns.keys()
                 present = here if present is None else present
                 if here != present:

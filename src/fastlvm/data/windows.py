@@ -1,4 +1,4 @@
-"""Windows: runs of consecutive chunks of one article, as rows of a payload, split by article."""
+"""Windows: runs of consecutive chunks of one article, as rows of a payload, split by article or groups of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import numpy as np
 
 from fastlvm.data import npz
 from fastlvm.data.alignment import Alignment, check_alignment
+from fastlvm.data.groups import check_groups
 from fastlvm.data.payload import Payload
 from fastlvm.data.provenance import now, version
-from fastlvm.data.split import ALIASES, SPLITS, check_fractions, split_articles
-from fastlvm.errors import InputError, IntegrityError
+from fastlvm.data.split import ALIASES, SPLITS, check_fractions, check_split, split_articles, split_numbers
+from fastlvm.errors import InputError, IntegrityError, shown
 from fastlvm.files import atomic_file, sha256_json
 
 _FORMAT = "fastlvm-windows-1"
@@ -26,8 +27,9 @@ _FORMAT = "fastlvm-windows-1"
 class Windows:
     """Rows [n, context + 1] of a payload (context first, target last), each window in one of three splits.
 
-    Attributes: payload_id, context, splits, seed, fractions (of the articles; None where a split was given), source,
-    created_at, id (16 hex digits over everything that names a window or its split), path (where it was read or saved).
+    Attributes: payload_id, context, splits, seed, fractions (of the articles or groups; None where a split was given),
+    group_by (what the groups of articles are by, None where there are none), source, created_at, id (16 hex digits over
+    everything that names a window, its group or its split), path (where it was read or saved).
     """
 
     splits = SPLITS
@@ -39,6 +41,8 @@ class Windows:
         keys: np.ndarray,
         split: np.ndarray,
         *,
+        groups: np.ndarray | None = None,
+        group_by: str | None = None,
         seed: int = 0,
         fractions: tuple[float, float, float] | None = None,
         source: str = "",
@@ -49,9 +53,12 @@ class Windows:
         self._rows = np.ascontiguousarray(rows, dtype=np.int64)  # [n, context + 1]
         self._keys = np.ascontiguousarray(keys, dtype=np.int32)  # [n, 2] of the target
         self._split = np.ascontiguousarray(split, dtype=np.uint8)  # [n] index into splits
-        for array in (self._rows, self._keys, self._split):
-            array.flags.writeable = False
+        self._groups = None if groups is None else np.ascontiguousarray(groups, dtype=np.int32)  # [n]
+        for array in (self._rows, self._keys, self._split, self._groups):
+            if array is not None:
+                array.flags.writeable = False
         self.context = self._rows.shape[1] - 1
+        self.group_by = None if groups is None else group_by or "groups"
         self.seed = seed
         self.fractions = fractions
         self.source = source
@@ -67,14 +74,16 @@ class Windows:
 
     @functools.cached_property
     def id(self) -> str:
-        """16 hex digits over the payload's id, the rows, the truth keys and the split."""
+        """16 hex digits over the payload's id, the rows, the truth keys, the split and, if any, the groups."""
         arrays = {
             name: hashlib.sha256(array.astype(kind).tobytes()).hexdigest()
             for name, array, kind in (
                 ("rows", self._rows, "<i8"),
                 ("keys", self._keys, "<i4"),
                 ("split", self._split, "u1"),
+                ("groups", self._groups, "<i4"),
             )
+            if array is not None
         }
         return sha256_json({"payload_id": self.payload_id, "context": self.context, **arrays})[:16]
 
@@ -86,14 +95,16 @@ class Windows:
         split: Sequence[float] = (0.8, 0.1, 0.1),
         seed: int = 0,
         *,
-        works: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+        group_by: str | None = None,
     ) -> Windows:
         """Every run of context + 1 consecutive chunks of one article, in key order.
 
         split: fractions of the *articles* that have a window, for train, validation and test. The articles are ordered
         by a hash of seed and number; a split whose fraction is above 0 gets at least one where there are enough.
-        works: int [N], the work that each row of the payload belongs to, say the novel of a chapter: all articles of a
-        work are then in one split, and the fractions are of works.
+        groups: int [N], the group that each row of the payload belongs to, say the novel of a chapter, as
+        `fastlvm.data.group_rows` finds them: all articles of a group are then in one split, and the fractions are of
+        groups. group_by: what they are by, in words.
         Raises InputError for bad arguments, or a payload without a single window.
         """
         if isinstance(context, bool) or not isinstance(context, (int, np.integer)) or context < 1:
@@ -110,8 +121,12 @@ class Windows:
             )
         rows = starts[:, None] + np.arange(context + 1)
         truth = payload.keys[rows[:, -1]]
-        codes = split_articles(truth[:, 0] if works is None else _works(works, payload)[rows[:, -1]], fractions, seed)
-        return cls(payload.id, rows, truth, codes, seed=int(seed), fractions=fractions, source="fastlvm windows build")
+        own = None if groups is None else check_groups(groups, payload)[rows[:, -1]]
+        codes = split_articles(truth[:, 0] if own is None else own, fractions, seed)
+        return cls(
+            payload.id, rows, truth, codes, groups=own, group_by=group_by, seed=int(seed), fractions=fractions,
+            source="fastlvm windows build",
+        )  # fmt: skip
 
     def _of(self, split: str) -> np.ndarray:
         name = ALIASES.get(split, split)
@@ -127,14 +142,31 @@ class Windows:
         """Keys (article, chunk) of a split's targets: int32 [n, 2]."""
         return self._keys[self._of(split)]
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All windows in the file's order: rows int64 [n, context + 1], keys int32 [n, 2], split uint8 [n] (its place
+        in splits)."""
+        return self._rows, self._keys, self._split
+
     def articles(self, split: str) -> np.ndarray:
         """The articles of a split, sorted: int32 [m]."""
         return np.unique(self.keys(split)[:, 0])
 
     def article_overlap(self) -> int:
         """How many articles are in more than one split; 0, or the evaluation sees what training saw."""
-        pairs = np.unique(np.column_stack([self._keys[:, 0], self._split]), axis=0)
-        return int(len(pairs) - len(np.unique(pairs[:, 0])))
+        return self._overlap(self._keys[:, 0])
+
+    def groups(self, split: str) -> np.ndarray | None:
+        """The group of each window of a split: int32 [n], or None where the windows have no groups."""
+        chosen = self._of(split)
+        return None if self._groups is None else self._groups[chosen]
+
+    def group_overlap(self) -> int | None:
+        """How many groups are in more than one split, or None where the windows have no groups."""
+        return None if self._groups is None else self._overlap(self._groups)
+
+    def _overlap(self, numbers: np.ndarray) -> int:
+        pairs = np.unique(np.column_stack([numbers, self._split]), axis=0)
+        return int(np.count_nonzero(np.unique(pairs[:, 0], return_counts=True)[1] > 1))
 
     def verify(self, payload: Payload, sample: int | None = 1000, seed: int = 0) -> Alignment:
         """The integrity gate: are these windows the payload's own chunks, under the keys they carry?
@@ -155,6 +187,7 @@ class Windows:
             "splits": list(SPLITS),
             "seed": self.seed,
             "fractions": None if self.fractions is None else list(self.fractions),
+            "group_by": self.group_by,
             "source": self.source,
             "version": version(),
             "created_at": self.created_at,
@@ -163,6 +196,8 @@ class Windows:
             writer.array("rows", self._rows.astype("<i4"))
             writer.array("truth_keys", self._keys.astype("<i4"))
             writer.array("split", self._split)
+            if self._groups is not None:
+                writer.array("groups", self._groups.astype("<i4"))
             writer.array("meta", np.array([json.dumps(meta)]))
         self.path = Path(path)
 
@@ -176,6 +211,7 @@ class Windows:
                 raise InputError(f"{where} is not a window file of fastlvm: {hint}")
             meta = _read_meta(archive)
             rows, keys, split = (archive.array(name) for name in ("rows", "truth_keys", "split"))
+            groups = archive.array("groups") if "groups" in archive else None
         remedy = "restore it or build the windows again"
         shapes = rows.ndim == 2 and rows.shape[1] >= 2 and keys.shape == (len(rows), 2) and split.shape == (len(rows),)
         kinds = rows.dtype == np.int32 and keys.dtype == np.int32 and split.dtype == np.uint8
@@ -192,12 +228,15 @@ class Windows:
             )
         if rows.size and (rows.min() < 0 or keys.min() < 0):
             raise IntegrityError(f"{where} has a negative row or key: {remedy}")
+        _check_groups(where, groups, len(rows), meta.get("group_by"), remedy)
         fractions = meta["fractions"]
         windows = cls(
             meta["payload_id"],
             rows,
             keys,
             split,
+            groups=groups,
+            group_by=meta.get("group_by"),
             seed=meta["seed"],
             fractions=None if fractions is None else check_fractions(fractions),
             source=meta["source"],
@@ -224,15 +263,10 @@ class Windows:
         """
         from fastlvm.data import predecessor
 
+        wanted = check_split(split)
         found = predecessor.import_windows(path, payload)
-        fractions = None if isinstance(split, str) else check_fractions(split)
-        if isinstance(split, str):
-            name = ALIASES.get(split, split)
-            if name not in SPLITS:
-                raise InputError(f"split is {split!r}, and wants fractions or one of {', '.join(SPLITS)}")
-            codes = np.full(len(found.rows), SPLITS.index(name), np.uint8)
-        else:
-            codes = split_articles(found.keys[:, 0], check_fractions(split), seed)
+        fractions = None if isinstance(wanted, str) else wanted
+        codes = split_numbers(found.keys[:, 0], wanted, seed)
         return cls(payload.id, found.rows, found.keys, codes, seed=int(seed), fractions=fractions, source=found.source)
 
     def export_predecessor(self, path: str | os.PathLike[str], payload: Payload, split: str) -> None:
@@ -273,12 +307,12 @@ def _read_meta(archive: npz.Archive) -> dict[str, Any]:
     return meta
 
 
-def _works(works: np.ndarray, payload: Payload) -> np.ndarray:
-    found = np.asarray(works)
-    if found.shape != (len(payload),) or not np.issubdtype(found.dtype, np.integer):
-        raise InputError(f"works is {found.dtype} {list(found.shape)}, and wants an integer per row, [{len(payload)}]")
-    pairs = np.unique(np.column_stack([payload.keys[:, 0], found]), axis=0)
-    twice = pairs[1:, 0][pairs[1:, 0] == pairs[:-1, 0]]
-    if len(twice):
-        raise InputError(f"works puts article {twice[0]} into more than one work: give all of its rows the same number")
-    return found
+def _check_groups(where: Path, groups: np.ndarray | None, count: int, by: Any, remedy: str) -> None:
+    """Raises IntegrityError unless there are no groups and no word of them, or one a window and what they are by."""
+    if groups is None and by is None:
+        return
+    if groups is None or not isinstance(by, str) or groups.dtype != np.int32 or groups.shape != (count,):
+        held = "none" if groups is None else f"{groups.dtype} {list(groups.shape)}"
+        raise IntegrityError(
+            f"{where} has groups {held} by {shown(by)}, and wants int32 [{count}] and a string, or neither: {remedy}"
+        )

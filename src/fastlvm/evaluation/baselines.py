@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,15 @@ DECAYS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the inputs' covariance."""
 
+NAMES = (
+    *("random", "global mean", "copy-last", "mean", "recency mixture", "ridge"),
+    *("whitened copy-last", "whitened mixture", "whitened ridge", "target as query", "next by key"),
+)
+"""Names of all rankers that `fit_baselines` gives."""
+
 _FIT_BLOCK = 4096
+# A row that several queries ask for is scored once, so that chance costs little.
+_DRAWN = 256
 # Pool rows up to which a candidate is judged on as many windows as asked for. With a quarter of it the decay changed
 # with the sample's seed on 24,815 rows, and the mixture was up to 3 % worse in R@5 than it can be.
 _FULL_SAMPLE = 60_000
@@ -23,16 +32,18 @@ _LEAST_SAMPLE = 200
 
 
 def fit_baselines(payload: Payload, windows: Windows, space: Space | None = None, *, seed: int = 0) -> list[Ranker]:
-    """Every baseline the windows allow to fit, in the order of a report.
+    """Every baseline the windows allow to fit, and the two oracles, in the order of a report.
 
-    Without training windows only random, copy-last and mean are left. space: the whitening of the "whitened" ones, its
-    tower left out; None fits one on the training articles. `fit_decay` gives the mixtures their decay; the ridge
-    penalty is the one of best R@5 on a sample of validation windows (training windows where there are none).
+    Without training windows only random, copy-last, mean and the oracles are left. space: the whitening of the
+    "whitened" ones, its tower left out; None fits one on the training articles. `fit_decay` gives the mixtures their
+    decay; the ridge penalty is the one of best R@5 on a sample of validation windows (training windows where there are
+    none).
     """
     train = windows.rows("train")
+    oracles = [target_as_query(payload), next_by_key(payload)]
     result = [random_rows(payload, seed=seed)]
     if len(train) == 0:
-        return [*result, mixture(0.0, name="copy-last"), mixture(1.0, name="mean")]
+        return [*result, mixture(0.0, name="copy-last"), mixture(1.0, name="mean"), *oracles]
     space = None if space is None else space.base
     if space is None or is_identity(space):
         space = Space.fit_articles(payload, windows.articles("train"))
@@ -48,6 +59,7 @@ def fit_baselines(payload: Payload, windows: Windows, space: Space | None = None
         mixture(0.0, space, name="whitened copy-last"),
         fitted_mixture(pools, train, space, seed=seed),
         fitted_ridge(pools, train, judged, space, seed=seed),
+        *oracles,
     ]
     return result
 
@@ -58,9 +70,36 @@ def is_identity(space: Space) -> bool:
 
 
 def random_rows(payload: Payload, *, seed: int = 0) -> Ranker:
-    """A random payload row for every query: what chance gives."""
-    rng = np.random.default_rng(seed)
-    return Ranker("random", lambda context: payload.take(rng.integers(0, len(payload), len(context))), kind="baseline")
+    """A random payload row for every query, one of `_DRAWN`: what chance gives."""
+    drawn = np.random.default_rng(seed).integers(0, len(payload), _DRAWN)
+    return _of_rows(payload, "random", lambda rows: drawn[rows[:, -2] % _DRAWN], kind="baseline")
+
+
+def target_as_query(payload: Payload) -> Ranker:
+    """The target's own vector: what a perfect prediction gives."""
+    return _of_rows(payload, "target as query", lambda rows: rows[:, -1], kind="oracle")
+
+
+def next_by_key(payload: Payload) -> Ranker:
+    """The chunk whose key follows the last one's, that one itself where there is none: no vectors are looked at."""
+
+    def following(rows: np.ndarray) -> np.ndarray:
+        found = payload.rows_of(payload.keys[rows[:, -2]] + np.array([0, 1]))
+        return np.where(found >= 0, found, rows[:, -2])
+
+    return _of_rows(payload, "next by key", following, kind="oracle", keys=True)
+
+
+def _of_rows(payload: Payload, name: str, of: Callable[[np.ndarray], np.ndarray], **options: Any) -> Ranker:
+    """Predicts the payload row that `of` gives for each window's rows."""
+    one = np.ones(1, np.float32)
+    return Ranker(
+        name,
+        lambda rows: payload.take(of(rows)),
+        by_rows=True,
+        combine=lambda rows: (of(rows)[:, None], one),
+        **options,
+    )
 
 
 def global_mean(payload: Payload, windows: Windows) -> Ranker:
@@ -93,7 +132,11 @@ def mixture(decay: float, space: Space | None = None, *, name: str, note: str = 
         vectors = context if space is None else space.apply(context)
         return np.einsum("nld,l->nd", vectors, weights)
 
-    return Ranker(name, predict, space, "baseline", note)
+    def combine(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = rows.shape[1] - 2 if decay == 0.0 else 0
+        return rows[:, first:-1], recency_weights(decay, rows.shape[1] - 1)[first:]
+
+    return Ranker(name, predict, space, "baseline", note, combine=combine)
 
 
 def fit_decay(payload: Payload, train: np.ndarray, space: Space | None = None, *, seed: int = 0) -> float:
@@ -156,21 +199,57 @@ def _linear(weights: np.ndarray, mean: np.ndarray, space: Space | None, name: st
 def _moments(pool: Pool, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of the inputs [L·d], and XᵀX [L·d, L·d] and XᵀY [L·d, d] of the centred windows [n, L + 1].
 
-    Blocks are multiplied in float32 and summed in float64.
+    A window is a run of rows, so the block of positions (i, j) is Σ m(t - i) v(t) v(t + j - i)ᵀ, with m(s) the windows
+    that start at row s, and (i + 1, j + 1) differs from it only where m changes, at the ends of runs of windows: one
+    product a lag, and small corrections, instead of one for every two positions. Blocks are multiplied in float32,
+    less about the mean, and summed in float64.
     """
     dim, length = pool.shape[1], windows.shape[1]
-    total = np.zeros((length, dim))
-    for start in range(0, len(windows), _FIT_BLOCK):
-        total += pool[windows[start : start + _FIT_BLOCK]].sum(axis=0, dtype=np.float64)
-    mean = (total / len(windows)).astype(np.float32)
+    starts, count = np.unique(windows[:, 0], return_counts=True)
+    centre = pool[starts[:_FIT_BLOCK]].mean(axis=0, dtype=np.float64).astype(np.float32)
+    blocks = np.zeros((length, length, dim, dim))
+    products, rest = _products(pool, starts, count, length, centre)
+    rest /= len(windows)  # means of the positions, less the centre
+    for i in range(length):
+        if i:
+            change = _products(pool, *_change(starts, count, i), length - i, centre)[0]
+            products = products[: length - i] + change
+        for j in range(i, length):
+            blocks[i, j] = products[j - i] - len(windows) * np.outer(rest[i], rest[j])
+            blocks[j, i] = blocks[i, j].T
     width = (length - 1) * dim
-    xx, xy = np.zeros((width, width)), np.zeros((width, dim))
-    for start in range(0, len(windows), _FIT_BLOCK):
-        vectors = pool[windows[start : start + _FIT_BLOCK]] - mean  # [b, L + 1, d]
-        x = vectors[:, :-1].reshape(len(vectors), width)
-        xx += x.T @ x
-        xy += x.T @ vectors[:, -1]
-    return mean[:-1].reshape(-1), xx, xy
+    xx = blocks[:-1, :-1].transpose(0, 2, 1, 3).reshape(width, width)
+    mean = (rest + centre).astype(np.float32)
+    return mean[:-1].reshape(-1), xx, blocks[:-1, -1].reshape(width, dim)
+
+
+def _change(starts: np.ndarray, count: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows t and m(t - i) - m(t - i + 1) where that is not 0."""
+    rows, inverse = np.unique(np.concatenate([starts + i, starts + i - 1]), return_inverse=True)
+    change = np.bincount(inverse, weights=np.concatenate([count, -count]))
+    return rows[change != 0], change[change != 0]
+
+
+def _products(
+    pool: Pool, rows: np.ndarray, weight: np.ndarray, lags: int, centre: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Σ weight v(t) v(t + lag)ᵀ and Σ weight v(t + lag) over `rows` t for every lag below `lags`, vectors less
+    `centre`: float64 [lags, d, d] and [lags, d].
+    """
+    products, sums = np.zeros((lags, len(centre), len(centre))), np.zeros((lags, len(centre)))
+    for start in range(0, len(rows), _FIT_BLOCK):
+        part = slice(start, start + _FIT_BLOCK)
+        wanted = rows[part, None] + np.arange(lags)
+        read, place = np.unique(wanted, return_inverse=True)
+        place = place.reshape(wanted.shape)
+        vectors = pool[read] - centre
+        by = weight[part].astype(np.float32)
+        left = vectors[place[:, 0]] * by[:, None]
+        for lag in range(lags):
+            right = vectors[place[:, lag]]
+            products[lag] += left.T @ right
+            sums[lag] += by @ right
+    return products, sums
 
 
 def _sample(rows: np.ndarray, pool_rows: int, seed: int, *, most: int) -> np.ndarray:
@@ -188,7 +267,7 @@ def _best(
     score: Callable[[np.ndarray], float],
 ) -> float:
     """The value whose ranker's ranks on the windows `rows` have the highest score, the first of equals."""
-    predictions = [predict_all(ranker, pools.payload, rows[:, :-1]) for ranker in candidates.values()]
+    predictions = [predict_all(ranker, pools.payload, rows) for ranker in candidates.values()]
     ranks = rank_windows(predictions, pools.of(space), rows, np.asarray(pools.payload.groups))
     scores = [score(found.excluded) for found in ranks]
     return list(candidates)[int(np.argmax(scores))]

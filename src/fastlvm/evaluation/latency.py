@@ -40,6 +40,7 @@ class Latency:
     warmup: int
     threads: int | None
     machine: str
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -50,12 +51,13 @@ class Latency:
             "warmup": self.warmup,
             "threads": self.threads,
             "machine": self.machine,
+            "device": self.device,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Latency:
         stages = {name: Stage(**stage) for name, stage in raw["stages"].items()}
-        return cls(stages, raw["repeats"], raw["warmup"], raw["threads"], raw["machine"])
+        return cls(stages, raw["repeats"], raw["warmup"], raw["threads"], raw["machine"], raw.get("device", "cpu"))
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -9,48 +10,107 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastlvm.evaluation.metrics import Estimate
+from fastlvm.evaluation.bootstrap import Estimate
+from fastlvm.evaluation.wording import basis, called, notes, of, rank, short, signed, space_words, verdict
 
 if TYPE_CHECKING:
+    from fastlvm.evaluation.compare import Place
     from fastlvm.evaluation.report import Report
 
 _COLUMNS = ("R@1", "R@5  (95 %)", "R@10", "MRR@10", "Contain@50  (95 %)", "Eff@5", "median", "cosine", "R@5 incl.")
+_MORE = ("MRR", "Contain@20", "macro R@5  (95 %)", "R@1", "R@5", "R@10")
 
 
 def render(report: Report) -> Group:
-    """Title, the rankers, the paired differences of the models, latencies, and what the figures rest on."""
-    parts: list[Table | Text] = [Text(report.title(), style="bold"), _rankers(report)]
+    """Title, what is wrong, the rankers, what differs from what, the index, latencies, and what the figures rest on."""
+    parts: list[Table | Text] = [Text(report.title(), style="bold")]
+    parts += [Text(f"{f['level']}: {f['sentence']}", style="bold red") for f in report.findings]
+    parts += [_rankers(report, "vectors alone", keys=False), _more(report)]
+    if any(row.keys for row in report.rows):
+        parts.append(_rankers(report, "with keys (next by key is the ceiling)", keys=True))
     if report.differences:
         parts.append(_differences(report))
+    if any(row.ann for row in report.rows):
+        parts.append(_indexes(report))
     if report.latency:
         parts.append(_latencies(report))
-    parts.append(Text(_footnote(report), style="dim"))
+    parts.append(Text("\n".join(notes(report)), style="dim"))
     return Group(*parts)
 
 
-def _rankers(report: Report) -> Table:
+def leaderboard(report: Report, places: Sequence[Place]) -> Group:
+    """Rankers of several reports, the best first; `report` is one of these."""
     table = _table()
+    table.add_column("", justify="right")
     table.add_column("ranker", overflow="fold")
+    for name in ("R@1", "R@5  (95 %)", "R@10", "MRR@10", "Contain@50", "median", "R@5 less the first model's"):
+        table.add_column(name, justify="right", no_wrap=True)
+    number = 0
+    for place in places:
+        figures, model = place.row.excluded, place.row.kind == "model"
+        number += model
+        table.add_row(
+            f"{number}" if model else "",
+            place.name + (", uses keys" if place.row.keys else ""),
+            short(figures["R@1"]),
+            _with_interval(figures["R@5"]),
+            short(figures["R@10"]),
+            short(figures["MRR@10"]),
+            short(figures["Contain@50"]),
+            rank(figures["median_rank"]),
+            "–" if place.behind is None else signed(place.behind["R@5"]),
+            style="bold" if model else "",
+        )
+    return Group(Text(report.title(), style="bold"), table, Text("\n".join(basis(report)), style="dim"))
+
+
+def _rankers(report: Report, title: str, *, keys: bool) -> Table:
+    table = _table()
+    table.add_column(title, overflow="fold")
     table.add_column("space", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    whitened = next((row.space for row in report.rows if row.kind == "baseline" and row.space != "raw"), None)
+    spaces = space_words(report)
     for row in report.rows:
+        if row.keys != keys:
+            continue
         figures = row.excluded
         table.add_row(
-            row.name,
-            "raw" if row.space == "raw" else "whitened" if row.space == whitened else "own",
-            _short(figures["R@1"]),
+            called(row),
+            spaces[row.space],
+            short(figures["R@1"]),
             _with_interval(figures["R@5"]),
-            _short(figures["R@10"]),
-            _short(figures["MRR@10"]),
+            short(figures["R@10"]),
+            short(figures["MRR@10"]),
             _with_interval(figures["Contain@50"]),
-            _short(figures["Eff@5"]),
-            _rank(figures["median_rank"]),
-            _short(figures["cosine"]),
-            _short(row.included["R@5"]),
+            short(figures["Eff@5"]),
+            rank(figures["median_rank"]),
+            short(figures["cosine"]),
+            of(row.included, "R@5"),
             style="bold" if row.kind == "model" else "",
         )
+    return table
+
+
+def _more(report: Report) -> Table:
+    """The rest of the metrics of those that see vectors alone."""
+    table = _table()
+    table.add_column("vectors alone", overflow="fold")
+    for name in _MORE[:3]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in _MORE[3:]:
+        table.add_column(f"{name} within article", justify="right")
+    for row in report.rows:
+        if not row.keys:
+            macro = row.macro or {}
+            table.add_row(
+                called(row),
+                of(row.excluded, "MRR"),
+                of(row.excluded, "Contain@20"),
+                _with_interval(macro["R@5"]) if "R@5" in macro else "–",
+                *(of(row.within_article, name) for name in _MORE[3:]),
+                style="bold" if row.kind == "model" else "",
+            )
     return table
 
 
@@ -64,19 +124,28 @@ def _differences(report: Report) -> Table:
         five = difference.metrics["R@5"]
         table.add_row(
             f"{difference.model} − {difference.baseline}",
-            *(_signed(difference.metrics[name]) for name in ("R@5", "Contain@50", "MRR@10")),
+            *(signed(difference.metrics[name]) for name in ("R@5", "Contain@50", "MRR@10")),
             " " + verdict(five),
         )
     return table
 
 
-def verdict(difference: Estimate) -> str:
-    """better or worse where the interval leaves out zero, else "no"."""
-    if difference.low is None or difference.high is None:
-        return "unknown"
-    if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "no"
+def _indexes(report: Report) -> Table:
+    """What the index finds, beside exact search."""
+    table = _table()
+    table.add_column("what the index loses", overflow="fold")
+    for name in ("found", "exact", "loss  (95 %)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        if row.ann is None:
+            continue
+        for metric, found in row.ann["metrics"].items():
+            loss = row.ann["loss"][metric]
+            name = f"{row.name}, {row.ann['index']}: {metric}"
+            table.add_row(name, short(found), short(row.excluded[metric]), signed(loss))
+        targets = ", ".join(f"{name} {value:.3f}" for name, value in row.ann["target_recall"].items())
+        table.add_row(f"{row.name}: target as query, {targets}")
+    return table
 
 
 def _latencies(report: Report) -> Table:
@@ -91,36 +160,8 @@ def _latencies(report: Report) -> Table:
     return table
 
 
-def _footnote(report: Report) -> str:
-    w, b = report.windows, report.bootstrap
-    lines = [
-        f"The {w['context']} context rows are excluded from the results (R@5 incl.: they are not). Intervals: "
-        f"{b['resamples']:,} resamples of {b['units']:,} {b['unit']}s. Cosines of different spaces do not compare."
-    ]
-    if w["unanswerable"]:
-        lines.append(f"In {w['unanswerable']:,} windows the target repeats a context row: counted as misses.")
-    overlap = report.alignment.get("article_overlap")
-    if overlap:
-        lines.append(
-            f"{overlap:,} articles are in more than one split: these figures are not those of unseen articles."
-        )
-    random = report.alignment.get("random_pair_cosine")
-    if random is not None:
-        lines.append(f"Cosine of random pairs of chunks: {random:.3f}.")
-    lines += [f"{row.name}: {row.note}." for row in report.rows if row.note]
-    for model, latency in report.latency.items():
-        threads = "default" if latency.threads is None else latency.threads
-        lines.append(f"Latency of {model}: {latency.repeats:,} repeats, threads {threads}, {latency.machine}.")
-    lines.append(f"payload {report.payload['id']}, windows {w['id']}")
-    return "\n".join(lines)
-
-
 def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-
-
-def _short(figure: Estimate) -> str:
-    return "–" if figure.value is None else f"{figure.value:.3f}"
 
 
 def _bare(value: float) -> str:
@@ -130,17 +171,5 @@ def _bare(value: float) -> str:
 
 def _with_interval(figure: Estimate) -> str:
     if figure.low is None or figure.high is None:
-        return _short(figure)
-    return f"{_short(figure)} {_bare(figure.low)}–{_bare(figure.high)}"
-
-
-def _signed(figure: Estimate) -> str:
-    if figure.value is None:
-        return "–"
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:+.3f}"
-    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
-
-
-def _rank(figure: Estimate) -> str:
-    return "–" if figure.value is None else f"{figure.value:,.0f}"
+        return short(figure)
+    return f"{short(figure)} {_bare(figure.low)}–{_bare(figure.high)}"

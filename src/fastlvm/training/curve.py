@@ -50,7 +50,7 @@ class Board:
         if self._writer is None:
             self._writer = SummaryWriter(str(self._folder / BOARD), purge_step=entry["epoch"])
         for name, value in entry.items():
-            if name != "epoch" and value is not None:
+            if name not in ("epoch", "gates") and value is not None:
                 self._writer.add_scalar(name, value, entry["epoch"])
         self._writer.flush()
 

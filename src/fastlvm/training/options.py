@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastlvm.errors import InputError
+from fastlvm.errors import InputError, shown
 
 OBJECTIVES = ("contrastive", "infonce", "ar")
 PRECISIONS = ("fp32", "bf16")
@@ -57,6 +57,8 @@ class TrainOptions:
     deterministic      refuse torch operations whose bits change from run to run.
     ema                decay of an exponential average of the weights, which is then evaluated and kept; 0 is off.
     validation_limit   most validation windows an epoch is judged on, a fixed random sample of them.
+    gates              "GATE@EPOCH", with the name or the file of a gate: what validation has to reach by the end of
+                       that epoch, or the run stops. A resumed run may leave out those of epochs that are done.
     """
 
     objective: str = "contrastive"
@@ -87,6 +89,7 @@ class TrainOptions:
     deterministic: bool = False
     ema: float = 0.0
     validation_limit: int = 5000
+    gates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, known in (
@@ -118,6 +121,7 @@ class TrainOptions:
                 raise InputError(f"{field} is {getattr(self, field)!r}, and it has to be true or false")
         self._check_tower()
         self._check_negatives()
+        self._check_gates()
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, and it has to be below 2^32")
         for field, least_open in (
@@ -161,8 +165,20 @@ class TrainOptions:
                 "takes rows of all articles already: set negatives=batch or false_negatives=article"
             )
 
+    def _check_gates(self) -> None:
+        if not isinstance(self.gates, list | tuple):
+            raise InputError(f'gates is {shown(self.gates)}, and a list is wanted such as ["epoch-4@4"]')
+        object.__setattr__(self, "gates", tuple(self.gates))
+        for at, text in enumerate(self.gates):
+            _, epoch = parse_gate(text)
+            if epoch > self.epochs:
+                raise InputError(f"gates has {text!r}, and the run ends with epoch {self.epochs}: name one up to that")
+            if text in self.gates[:at]:
+                raise InputError(f"gates has {text!r} twice: name every gate and epoch once")
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """JSON-able."""
+        return {**dataclasses.asdict(self), "gates": list(self.gates)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainOptions:
@@ -193,6 +209,14 @@ def parse_negatives(text: Any) -> tuple[str, int]:
     if name not in NEGATIVES or (colon and (name == "batch" or not count.isdecimal() or not 0 < int(count) < 1 << 31)):
         raise InputError(f"negatives is {text!r}: choose one of batch, payload, payload:K with K from 1 on")
     return name, int(count or 0)
+
+
+def parse_gate(text: Any) -> tuple[str, int]:
+    """The name or file of a gate and the epoch it is due at, of "GATE@EPOCH"."""
+    gate, _, epoch = text.rpartition("@") if isinstance(text, str) else ("", "", "")
+    if not gate or not epoch.isdecimal() or not 1 <= int(epoch) < 1 << 31:
+        raise InputError(f"gates has {shown(text)}: name a gate and an epoch from 1 on, such as epoch-4@4")
+    return gate, int(epoch)
 
 
 def option_names() -> list[str]:

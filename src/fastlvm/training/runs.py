@@ -20,7 +20,8 @@ from fastlvm.models.config import PRESETS
 from fastlvm.retrieval import blas
 from fastlvm.training import checkpoint
 from fastlvm.training.learned import split_tower
-from fastlvm.training.options import TrainOptions, option_names
+from fastlvm.training.options import TrainOptions, option_names, parse_gate
+from fastlvm.training.run_gates import RunGates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,7 @@ def request(
             raise InputError(f"{key} is {overrides[key]}, and the payload and its windows have {wanted}: leave it out")
     fit = isinstance(model, str) and "decay" not in overrides | (PRESETS[model][1] if model in PRESETS else {})
     config = model.replace(**overrides) if isinstance(model, ModelConfig) else ModelConfig.preset(model, **overrides)
+    RunGates(options.gates)
     _check_memory(config)
     return config, options, fit and config.residual
 
@@ -110,9 +112,21 @@ def _reopen(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], Space]
     asked = TrainOptions.from_dict(found["training"]).to_dict()  # what an older version did not write has its default
     if identity["decay_fitted"] and found.get("decay_fitted"):
         identity["model"]["decay"] = found["model"]["decay"]
+    now = identity["training"]["gates"]
+    if asked["gates"] != now and _gates_to_come(out, asked["gates"]) == _gates_to_come(out, now):
+        asked["gates"] = now
     for name, was, wanted in _differences({**found, "training": asked}, identity):
         raise InputError(f"{out} was started with {name} {was!r}, not {wanted!r}: resume with {was!r} or name another")
+    if found["training"].get("gates", []) != now:
+        found["training"]["gates"] = now
+        write_json(out / CONFIG, found)
     return found, read_space(out, found)
+
+
+def _gates_to_come(out: Path, gates: list[str]) -> set[str]:
+    """Those that the run `out` has not been judged by yet."""
+    history = read_json(out / HISTORY) if (out / HISTORY).exists() else []
+    return {text for text in gates if parse_gate(text)[1] >= len(history)}  # epoch 0 has a line too
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -125,6 +139,14 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[st
         elif found.get(key) != value:
             different.append((key, found.get(key), value))
     return different
+
+
+def same(first: Any, second: dict[str, Any]) -> bool:
+    """Whether two config.json are of one run, whose gates may differ."""
+    if not isinstance(first, dict) or not isinstance(first.get("training"), dict):
+        return False
+    both = ({**config, "training": {**config["training"], "gates": []}} for config in (first, second))
+    return next(both) == next(both)
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlvm.errors import InputError, IntegrityError
+from fastlvm.evaluation.gates import Verdict, sentence
 from fastlvm.files import write_json
 from fastlvm.models import ModelConfig, create
 from fastlvm.models.tower import Tower, arrays
@@ -27,6 +28,7 @@ from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions, learning_rate
 from fastlvm.training.ranks import Ranks, joined
+from fastlvm.training.run_gates import RunGates
 from fastlvm.training.step import Step
 from fastlvm.training.validation import Validation
 
@@ -45,13 +47,14 @@ class RunSummary:
     best_epoch: int
     best_r5: float
     start_r5: float
-    stopped: str  # "epochs": all were run; "patience": validation R@5 stayed below its best
+    stopped: str  # "epochs": all were run; "patience": validation R@5 stayed below its best; "gate": one was missed
     history: list[dict[str, Any]]
     parameters: int
     decay: float
     seconds: float
     windows_per_s: float  # of training, without evaluation
     first_process: bool = True  # of those that torchrun started
+    missed: str = ""  # by what a gate stopped the run
 
 
 @dataclasses.dataclass
@@ -138,6 +141,7 @@ class Trainer:
         checkpoint.seed_all(options.seed)
         self.model = create(ModelConfig.from_dict(run["model"]))
         tower = Tower(payload.dim, options.tower, self.model.config.dropout) if options.tower else None
+        self.gates, self.missed = RunGates(options.gates), ""
         self.negatives = Negatives(options, articles, torch.from_numpy(self.groups), pool)
         shared = None if tower is None else ranks.parallel(tower)
         self.objective = Objective(options, self.vectors, self.negatives, shared)
@@ -193,6 +197,7 @@ class Trainer:
             seconds=sum(entry["time"] for entry in state.history),
             windows_per_s=float(np.median([e["windows_per_s"] for e in state.history if e["windows_per_s"]] or [0])),
             first_process=self.ranks.first,
+            missed=self.missed,
         )
 
     def _epoch(self, epoch: int) -> None:
@@ -248,8 +253,8 @@ class Trainer:
         return runs.nearest(predicted.numpy(), self._payload_vectors(), self.rows.numpy(), k)
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
-        """Loss, cosine and R@5 of the weights that would be kept, on the validation windows."""
+    def _evaluate(self) -> dict[str, float | None]:
+        """Loss, cosine and other metrics of the weights that would be kept, on the validation windows."""
         predicted, loss, cosine = [], 0.0, 0.0
         with self.learned.judged():
             for rows in self.validation.rows.split(EVAL_BATCH):
@@ -286,16 +291,29 @@ class Trainer:
         if entry["val_r@5"] > state.best_r5:
             state.best_r5, state.best_epoch = entry["val_r@5"], epoch
             self.best = {name: weight.clone() for name, weight in self.learned.kept().items()}
-        if self.options.patience and epoch - state.best_epoch >= self.options.patience:
-            state.stopped = "patience"
-        elif epoch == self.options.epochs:
-            state.stopped = "epochs"
+        judged_by_gates = self._end(entry)
+        if judged_by_gates:
+            entry["gates"] = [verdict.to_dict() for verdict in judged_by_gates]
         self._save()
         if self.ranks.first:
             self.board.add(entry)
         self._report(epoch, self.steps if epoch else 0, entry["train_loss"], lr, entry)
         if self.ranks.any(self.interrupt.requested):
             raise KeyboardInterrupt
+
+    def _end(self, entry: dict[str, Any]) -> list[Verdict]:
+        """Whether the run ends with an epoch, its line being the history's last, and what its gates say."""
+        state, epoch = self.state, entry["epoch"]
+        if self.options.patience and epoch - state.best_epoch >= self.options.patience:
+            state.stopped = "patience"
+        else:
+            state.stopped = "epochs" if epoch == self.options.epochs else ""
+        found = self.gates.judge(entry, ended=bool(state.stopped))
+        said = sentence(found)
+        if said:
+            left = "" if state.stopped else "; resumed without that gate, the run goes on"
+            self.missed, state.stopped = f"after epoch {epoch}, {said}{left}", "gate"
+        return found
 
     def _report(
         self, epoch: int, step: int, loss: float | None, lr: float | None, entry: dict[str, Any] | None
@@ -339,7 +357,7 @@ class Trainer:
     def _restore(self) -> None:
         path = self.path / runs.LAST
         tensors, meta = checkpoint.load(path)
-        if meta.get("config") != self.identity:
+        if not runs.same(meta.get("config"), self.identity):
             raise IntegrityError(f"{path} belongs to another run than {runs.CONFIG} beside it: train in a new folder")
         self.learned.restore(tensors, path)
         checkpoint.load_optimizer(self.optimizer, self.learned.names, checkpoint.pick(tensors, "optimizer"), path)
@@ -351,6 +369,8 @@ class Trainer:
         torch.set_rng_state(dropout[str(self.ranks.rank)])
         self.negatives.restore(checkpoint.pick(tensors, "negatives"))
         self.state = State(**meta["state"])
+        if self.state.stopped == "gate":
+            self._end(self.state.history[-1])  # the gate may be left out now
         if not self.ranks.first:
             return
         with self.interrupt.shielded():  # a kill may have come between the checkpoint and these

@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fastlvm.evaluation.metrics import exact_ranks
+from fastlvm.evaluation.bootstrap import Bootstrap
+from fastlvm.evaluation.ranks import exact_ranks
+
+
+def key(metric: str) -> str:
+    """What the history calls a metric of a report."""
+    return f"val_{metric.lower()}"
 
 
 class Validation:
-    """R@5 over all rows of the payload, and over those of articles that are not trained on.
+    """The metrics of a report over all rows of the payload, and R@5 over those of articles that are not trained on.
 
-    The second does not rise where training merely pushes rows down that it knows.
+    The latter does not rise where training merely pushes rows down that it knows.
 
     groups      int64 [N], duplicate groups.
     rows        int64 [n, L + 1], payload rows of the windows, the target last.
@@ -29,12 +35,15 @@ class Validation:
         _, first, group = np.unique(groups[self._unseen], return_index=True, return_inverse=True)
         self._unseen_groups = first[group].astype(np.int64)
 
-    def figures(self, predicted: np.ndarray, vectors: np.ndarray) -> dict[str, float]:
-        """predicted float32 [n, dim], of `rows`; vectors float32 [N, dim], the payload."""
+    def figures(self, predicted: np.ndarray, vectors: np.ndarray) -> dict[str, float | None]:
+        """predicted float32 [n, dim], of `rows`; vectors float32 [N, dim], the payload. All but the cosine."""
         found = exact_ranks(predicted, vectors, self._windows[:, -1], self._windows[:, :-1], self._groups)
         rest = _Rows(vectors, self._unseen)
         unseen = exact_ranks(predicted, rest, self._places[:, -1], self._places[:, :-1], self._unseen_groups)
-        return {"val_r@5": float(np.mean(found <= 5)), "val_r@5_unseen": float(np.mean(unseen <= 5))}
+        nothing = np.zeros(len(found))
+        metrics = Bootstrap(nothing, resamples=1).summarise(found, cosine=nothing)  # one article, so no intervals
+        figures = {key(name): one.value for name, one in metrics.items() if name != "cosine"}
+        return {**figures, "val_r@5_unseen": float(np.mean(unseen <= 5))}
 
 
 class _Rows:

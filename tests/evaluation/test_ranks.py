@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlvm.errors import InputError
-from fastlvm.evaluation import metrics
-from fastlvm.evaluation.metrics import METRICS, MISS, Bootstrap, cosines, exact_ranks, outcomes, rank_many
+from fastlvm.evaluation import ranks as ranking
+from fastlvm.evaluation import scoring
+from fastlvm.evaluation.ranks import MISS, cosines, exact_ranks, rank_many, ranks_within
 
 
 def naive_rank(prediction, pool, truth, excluded, groups):
@@ -45,9 +46,9 @@ def cases(draw):
 def test_ranks_are_those_of_the_definition(case, pool_block, query_block):
     predictions, pool, truth, exclude, groups = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_POOL_BLOCK", pool_block)
-        patch.setattr(metrics, "_QUERY_BLOCK", query_block)
-        both = rank_many([predictions, predictions], pool, truth, exclude, groups)
+        patch.setattr(ranking, "_POOL_BLOCK", pool_block)
+        patch.setattr(scoring, "_QUERY_BLOCK", query_block)
+        both = rank_many([predictions, predictions[::-1], predictions], pool, truth, exclude, groups)
         got = exact_ranks(predictions, pool, truth, exclude, groups)
     none = np.full((len(truth), 1), -1)
     ex = none if exclude is None else exclude
@@ -55,7 +56,9 @@ def test_ranks_are_those_of_the_definition(case, pool_block, query_block):
     want = [naive_rank(predictions[i], pool, truth[i], ex[i], groups) for i in n]
     assert got.dtype == np.int64
     np.testing.assert_array_equal(got, want)
-    np.testing.assert_array_equal(both[1].excluded, want)
+    np.testing.assert_array_equal(both[2].excluded, want)
+    turned = [naive_rank(predictions[::-1][i], pool, truth[i], ex[i], groups) for i in n]
+    np.testing.assert_array_equal(both[1].excluded, turned)
     included = [naive_rank(predictions[i], pool, truth[i], none[i], groups) for i in n]
     np.testing.assert_array_equal(both[0].included, included)
 
@@ -110,10 +113,6 @@ def test_a_truth_that_repeats_a_context_row_is_a_miss():
     ranks = rank_many([query], pool, truth, context, np.array([0, 0, 2]))[0]
     assert ranks.excluded.tolist() == [MISS]
     assert ranks.included.tolist() == [1]
-    assert not outcomes(ranks.excluded, np.array([1.0]))[0, :5].any()
-    estimate = Bootstrap(np.array([0])).summarise(ranks.excluded, np.array([1.0]))
-    assert estimate["median_rank"].value is None
-    assert estimate["Eff@5"].value is None
 
 
 @pytest.mark.parametrize(
@@ -140,25 +139,6 @@ def test_bad_input_is_named(change, message):
         exact_ranks(**call)
 
 
-def test_metrics_of_known_ranks():
-    ranks = np.array([1, 2, 5, 10, 50, 51])
-    got = Bootstrap(np.arange(6)).summarise(ranks, np.full(6, 0.5))
-    want = {
-        "R@1": 1 / 6,
-        "R@5": 3 / 6,
-        "R@10": 4 / 6,
-        "MRR@10": (1 + 1 / 2 + 1 / 5 + 1 / 10) / 6,
-        "Contain@50": 5 / 6,
-        "Eff@5": 3 / 5,
-        "median_rank": 5,
-        "cosine": 0.5,
-    }
-    assert tuple(got) == METRICS
-    for name, value in want.items():
-        assert got[name].value == pytest.approx(value), name
-        assert got[name].low <= value + 1e-12 and value - 1e-12 <= got[name].high, name
-
-
 def test_cosine_does_not_depend_on_length():
     rng = np.random.default_rng(3)
     pool = 3 * unit(rng, 5, 8)
@@ -166,76 +146,44 @@ def test_cosine_does_not_depend_on_length():
     assert cosines(pool[[1]], pool, np.array([2]))[0] == pytest.approx(pool[1] @ pool[2] / 9, abs=1e-6)
 
 
-def clustered(rng, articles=40, windows=12):
-    """Whether each window is a hit: an article's windows share their luck. The expected share is 0.5."""
-    luck = rng.beta(1, 1, articles)
-    hits = rng.random((articles, windows)) < luck[:, None]
-    return np.where(hits.ravel(), 1, 100), np.repeat(np.arange(articles), windows)
-
-
-def test_intervals_cover_the_truth_because_articles_are_resampled():
+def test_a_rank_within_an_article_counts_its_rows_alone():
     rng = np.random.default_rng(4)
-    by_article = by_window = 0
-    trials = 100
-    for trial in range(trials):
-        ranks, article = clustered(rng)
-        for unit_of, by in ((article, "article"), (np.arange(len(article)), "window")):
-            five = Bootstrap(unit_of, resamples=100, seed=trial).summarise(ranks, np.zeros(len(ranks)))["R@5"]
-            covered = five.low <= 0.5 <= five.high
-            by_article += covered and by == "article"
-            by_window += covered and by == "window"
-    assert by_article / trials > 0.88
-    assert by_window / trials < 0.75  # what resampling windows would have promised
+    pool = unit(rng, 30, 8)
+    pool[12] = pool[11]
+    groups = np.arange(30)
+    groups[12] = 11
+    spans = np.array([[0, 10], [10, 30]])[[0, 1, 1, 1]]
+    windows = np.array([[1, 2, 3], [13, 14, 15], [10, 11, 25], [28, 29, 12]])
+    predictions = unit(rng, 4, 8)
+    got, same = ranks_within([predictions, predictions], pool, windows, spans, groups)
+    for i, (first, last) in enumerate(spans):
+        own = np.arange(first, last)
+        context = windows[i, :-1]
+        article_groups = np.where(groups[own] < first, own, groups[own]) - first
+        assert got[i] == naive_rank(predictions[i], pool[own], windows[i, -1] - first, context - first, article_groups)
+    np.testing.assert_array_equal(got, same)
 
 
-def test_a_paired_difference_is_tighter_than_two_intervals():
+@pytest.mark.parametrize("together", [1, 3, 32])
+@pytest.mark.parametrize("spread", [4, 128])
+def test_sums_of_the_pools_rows_rank_like_the_vectors_they_make(monkeypatch, together, spread):
+    monkeypatch.setattr(scoring, "_TOGETHER", together)
+    monkeypatch.setattr(scoring, "_SPREAD", spread)
+    monkeypatch.setattr(scoring, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(ranking, "_POOL_BLOCK", 16)
     rng = np.random.default_rng(5)
-    ranks, article = clustered(rng, articles=60)
-    better = np.where((ranks > 5) & (rng.random(len(ranks)) < 0.1), 5, ranks)
-    zero = np.zeros(len(ranks))
-    bootstrap = Bootstrap(article)
-    five = bootstrap.difference(better, zero, ranks, zero)["R@5"]
-    assert five.value == pytest.approx(np.mean(better <= 5) - np.mean(ranks <= 5))
-    assert 0 < five.low < five.value < five.high
-    one, other = bootstrap.summarise(better, zero)["R@5"], bootstrap.summarise(ranks, zero)["R@5"]
-    assert one.low < other.high  # apart, the two intervals overlap
-    same = bootstrap.difference(ranks, zero, ranks, zero)
-    assert all(figure.value == figure.low == figure.high == 0 for figure in same.values())
-
-
-def test_the_same_seed_gives_the_same_interval_and_one_article_gives_none():
-    ranks, article = clustered(np.random.default_rng(6))
-    zero = np.zeros(len(ranks))
-    first, again = (Bootstrap(article, seed=3).summarise(ranks, zero) for _ in range(2))
-    assert first == again
-    assert first != Bootstrap(article, seed=4).summarise(ranks, zero)
-    alone = Bootstrap(np.zeros(len(ranks), int)).summarise(ranks, zero)["R@5"]
-    assert alone.value is not None and alone.low is None and alone.high is None
-
-
-def test_unequal_articles_are_weighted_by_their_windows():
-    ranks = np.array([1] * 9 + [100])
-    five = Bootstrap(np.array([0] * 9 + [1]), resamples=500).summarise(ranks, np.zeros(10))["R@5"]
-    assert (five.low, five.value, five.high) == (0.0, 0.9, 1.0)
-
-
-def test_weighted_median_of_a_resample_is_the_plain_median():
-    rng = np.random.default_rng(7)
-    ranks, article = rng.integers(1, 100, 60), np.repeat(np.arange(12), 5)
-    bootstrap = Bootstrap(article, resamples=101)
-    medians = []
-    for weights in bootstrap.weights.astype(int):
-        drawn = np.sort(np.repeat(ranks, weights[article]))
-        medians.append(drawn[(len(drawn) - 1) // 2])
-    estimate = bootstrap.summarise(ranks, np.zeros(60))["median_rank"]
-    medians.sort()
-    assert (estimate.low, estimate.high) == (medians[2], medians[98])
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"clusters": []}, {"clusters": [1], "resamples": 0}, {"clusters": [1], "level": 1}]
-)
-def test_a_bootstrap_of_nothing_is_refused(arguments):
-    clusters = np.array(arguments.pop("clusters"))
-    with pytest.raises(InputError):
-        Bootstrap(clusters, **arguments)
+    pool = unit(rng, 60, 8)
+    pool[40] = pool[12]
+    groups = np.arange(60)
+    groups[40] = 12
+    windows = rng.permutation(np.concatenate([np.arange(20), np.arange(30, 55)]))[:, None] + np.arange(4)
+    weights = np.array([0.1, 0.3, 0.6], np.float32)
+    three = scoring.Combined(np.einsum("nld,l->nd", pool[windows[:, :3]], weights), windows[:, :3], weights)
+    one = scoring.Combined(pool[windows[:, 3]], windows[:, 3:], np.ones(1, np.float32))
+    other = unit(rng, len(windows), 8)
+    queries = [three, other, one]
+    got = rank_many(queries, pool, windows[:, 3], windows[:, :3], groups)
+    dense = [query if isinstance(query, np.ndarray) else query.vectors for query in queries]
+    for mine, plain in zip(got, rank_many(dense, pool, windows[:, 3], windows[:, :3], groups), strict=True):
+        np.testing.assert_array_equal(mine.excluded, plain.excluded)
+        np.testing.assert_array_equal(mine.included, plain.included)

@@ -1,0 +1,279 @@
+"""Evaluate rankers on a split: ranks over the whole payload, one pass of it a space, and what a report says of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlvm.data import Payload, Space, Windows
+from fastlvm.data.provenance import version
+from fastlvm.errors import InputError
+from fastlvm.evaluation import baselines as baseline
+from fastlvm.evaluation.bootstrap import Bootstrap
+from fastlvm.evaluation.figures import article_figures, differences, row
+from fastlvm.evaluation.impostors import best_impostors
+from fastlvm.evaluation.outcome import Listed, Outcome, Store
+from fastlvm.evaluation.ranker import Listing, Pool, Pools, Ranker, predict_all, queries, rank_windows, space_key
+from fastlvm.evaluation.ranks import MISS, Ranks, cosines, ranks_within
+from fastlvm.evaluation.report import HEADLINE, Report
+from fastlvm.evaluation.suspects import model_findings
+
+_LISTING_BLOCK = 1024
+
+Say = Callable[[str], None]
+Step = Callable[[float], None]
+
+
+def evaluate(
+    models: Sequence[Ranker],
+    payload: Payload,
+    windows: Windows,
+    *,
+    split: str = "test",
+    space: Space | None = None,
+    baselines: bool = True,
+    name: str | None = None,
+    clusters: np.ndarray | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    outcomes: Path | None = None,
+    progress: Say | None = None,
+    step: Step | None = None,
+) -> Report:
+    """Rank the target of every window of a split over the whole payload, for the models and the baselines.
+
+    The integrity gate `windows.verify(payload)` runs first. models: see `Ranker`. space: whitening of the whitened
+    baselines; None takes the first model's, or fits one on the training articles. name: how the report calls the
+    payload; None takes its folder's. clusters int [windows of the split]: what is resampled; None takes the windows'
+    own groups where they have some, else articles. limit: rank a seeded sample of this many windows. outcomes: a folder
+    that keeps what each model and the baselines came to; what it has already is not done again. progress is called
+    with what is about to be done, step with the share of it that is done.
+
+    Raises IntegrityError where the windows are not of this payload, InputError for an empty split or bad predictions.
+    """
+    say, stepped = progress or (lambda _: None), step or (lambda _: None)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}, and a whole number of at least 0 is wanted")
+    _check_names(models, baselines)
+    alignment = windows.verify(payload)
+    rows, articles = np.asarray(windows.rows(split)), np.asarray(windows.keys(split))[:, 0]
+    total = len(rows)
+    if total == 0:
+        raise InputError(f"the windows have none in split {split!r}: build them with a fraction for it")
+    unit = "article" if clusters is None else "given clusters"
+    if clusters is None and (own := windows.groups(split)) is not None:
+        clusters, unit = own, "group"
+    rows, articles, units = _selected(rows, articles, clusters, limit, seed)
+
+    if space is None:
+        space = next((m.space for m in models if m.space is not None and not baseline.is_identity(m.space)), None)
+    about = {"payload": payload.id, "windows": windows.id, "split": split, "limit": limit, "seed": seed}
+    resampled = hashlib.sha256(np.unique(units, return_inverse=True)[1].tobytes()).hexdigest()
+    store = Store(outcomes, {**about, "units": resampled, "version": version()})
+    work = _Work(payload, rows, units, say, stepped, unseen=split != "train")
+    found: list[Outcome] = []
+    for model in models:
+        found += _kept(store, model.identity and f"{model.name} {model.identity}", functools.partial(work.model, model))
+    if baselines:
+        base = None if space is None else space.base.id
+        found += _kept(store, f"baselines {base}", lambda: work.baselines(windows, space, seed))
+
+    say(f"resampling {unit}s")
+    bootstrap = Bootstrap(units, resamples=resamples, seed=seed)
+    return Report(
+        payload={
+            "name": name or payload.path.name,
+            "id": payload.id,
+            "rows": len(payload),
+            "dim": payload.dim,
+            "encoder": str(getattr(payload.provenance, "encoder", "")),
+        },
+        windows={
+            "id": windows.id,
+            "split": split,
+            "context": int(windows.context),
+            "total": total,
+            "evaluated": len(rows),
+            "articles": len(np.unique(articles)),
+            "unanswerable": work.unanswerable,
+            "headline": HEADLINE,
+        },
+        alignment=_numbers(alignment),
+        bootstrap={
+            "unit": unit,
+            "units": len(bootstrap.names),
+            "resamples": resamples,
+            "seed": seed,
+            "level": bootstrap.level,
+        },
+        rows=[row(one, payload, rows, articles, bootstrap) for one in found],
+        differences=differences(found, bootstrap),
+        articles=article_figures(payload, rows, articles),
+        findings=[dict(finding) for one in found for finding in one.findings],
+    )
+
+
+def _kept(store: Store, identity: str, make: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """What a store has for `identity`, or what `make` gives, which it has from then on. "" is never kept."""
+    found = store.get(identity) if identity else None
+    if found is None:
+        found = make()
+        if identity:
+            store.put(identity, found)
+    return found
+
+
+class _Work:
+    """Ranks the targets of windows [n, L + 1] of a payload; units [n] are what is resampled."""
+
+    def __init__(
+        self, payload: Payload, rows: np.ndarray, units: np.ndarray, say: Say, step: Step, *, unseen: bool
+    ) -> None:
+        self._payload, self._rows, self._units, self._say, self._step = payload, rows, units, say, step
+        self._unseen = unseen
+        self._groups = np.asarray(payload.groups)
+        repeats = self._groups[rows[:, :-1]] == self._groups[rows[:, -1:]]
+        self.unanswerable = int(np.count_nonzero(repeats.any(axis=1)))
+        keys = np.asarray(payload.keys)[:, 0]
+        wanted = keys[rows[:, -1]]
+        spans = [np.searchsorted(keys, wanted, side=side) for side in ("left", "right")]
+        self._spans = np.stack(spans, axis=1)
+
+    def baselines(self, windows: Windows, space: Space | None, seed: int) -> list[Outcome]:
+        self._say("fitting the baselines")
+        rankers = baseline.fit_baselines(self._payload, windows, space, seed=seed)
+        found: dict[str, Outcome] = {}
+        pools = Pools(self._payload)
+        for key in dict.fromkeys(_space_name(ranker) for ranker in rankers):
+            together = [ranker for ranker in rankers if _space_name(ranker) == key]
+            predictions = [predict_all(ranker, self._payload, self._rows) for ranker in together]
+            found |= {one.name: one for one in self._rank(together, predictions, pools.of(together[0].space))}
+        return [found[ranker.name] for ranker in rankers]
+
+    def model(self, ranker: Ranker) -> list[Outcome]:
+        """The model, and after it one outcome for every order that its index's list is put in."""
+        predictions = predict_all(ranker, self._payload, self._rows)
+        pool = Pool(self._payload, ranker.space)
+        if _space_name(ranker) == "raw":
+            pool = Pool(self._payload)
+        outcome = self._rank([ranker], [predictions], pool)[0]
+        truth, last = pool[self._rows[:, -1]], pool[self._rows[:, -2]]
+        findings = model_findings(ranker.name, predictions, last, truth, unseen=self._unseen)
+        lengths = np.linalg.norm(predictions, axis=1)
+        self._say(f"looking for what beats the truth of {ranker.name}")
+        impostors = best_impostors(
+            predictions / lengths[:, None], pool, self._rows[:, -1], self._rows[:, :-1], self._groups
+        )
+        outcome = replace(
+            outcome, impostors=impostors, findings=tuple(one.to_dict() for one in findings if one.level != "ok")
+        )
+        listed = [(listing, self._list(ranker, listing, predictions, truth)) for listing in ranker.listings]
+        reranked = [self._reranked(outcome, *pair) for pair in listed if pair[0].label]
+        own = next((found for listing, found in listed if not listing.label), None)
+        return [replace(outcome, listed=own), *reranked]
+
+    def _rank(self, rankers: Sequence[Ranker], predictions: list[np.ndarray], pool: Pool) -> list[Outcome]:
+        self._say(f"ranking {', '.join(ranker.name for ranker in rankers)}")
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self._step(done / len(pool))
+
+        asked = [queries(ranker, p, self._rows) for ranker, p in zip(rankers, predictions, strict=True)]
+        ranks = rank_windows(asked, pool, self._rows, self._groups, advance)
+        within = ranks_within(predictions, pool, self._rows, self._spans, self._groups)
+        return [
+            Outcome(
+                name=ranker.name,
+                kind=ranker.kind,
+                keys=ranker.keys,
+                space=_space_name(ranker),
+                note=ranker.note,
+                domain=ranker.domain,
+                ranks=own,
+                within=inside,
+                cosine=cosines(p, pool, self._rows[:, -1]),
+                units=self._units,
+            )
+            for ranker, p, own, inside in zip(rankers, predictions, ranks, within, strict=True)
+        ]
+
+    def _list(self, ranker: Ranker, listing: Listing, predictions: np.ndarray, truth: np.ndarray) -> Listed:
+        self._say(f"searching for {ranker.name}{f' + {listing.label}' if listing.label else ''}")
+        rank, target = (np.full(len(self._rows), MISS, np.int64) for _ in range(2))
+        group = self._groups[self._rows[:, -1]]
+        for start in range(0, len(self._rows), _LISTING_BLOCK):
+            part = slice(start, start + _LISTING_BLOCK)
+            context = self._payload.take(self._rows[part, :-1])
+            rank[part] = self._place(listing.search(context, predictions[part], self._rows[part, :-1]), group[part])
+            target[part] = self._place(listing.target(truth[part]), group[part])
+        return Listed(listing.about, listing.k, rank, target)
+
+    def _place(self, ids: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """1 + the first place of each group [n] among the rows `ids` [n, k]; `MISS` where it is not there."""
+        hit = (ids >= 0) & (self._groups[np.maximum(ids, 0)] == group[:, None])
+        return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, MISS)
+
+    @staticmethod
+    def _reranked(outcome: Outcome, listing: Listing, listed: Listed) -> Outcome:
+        """An outcome of its own: a truth that is not among the k listed is a miss."""
+        return replace(
+            outcome,
+            name=f"{outcome.name} + {listing.label}",
+            kind="reranked",
+            keys=listing.keys,
+            note=f"order of the {listing.k} chunks that {listing.about} lists; others are misses",
+            ranks=Ranks(listed.rank, listed.rank),
+            impostors=None,
+            findings=(),
+        )
+
+
+def _selected(
+    rows: np.ndarray, articles: np.ndarray, clusters: np.ndarray | None, limit: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, articles and clusters of the windows to rank."""
+    unit = articles if clusters is None else np.asarray(clusters)
+    if len(unit) != len(rows):
+        raise InputError(f"clusters names {len(unit)} windows, and the split has {len(rows)}")
+    if limit is None or limit >= len(rows):
+        return rows, articles, unit
+    if limit < 1:
+        raise InputError(f"limit is {limit}, and at least 1 window is wanted")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))
+    return rows[chosen], articles[chosen], unit[chosen]
+
+
+def _check_names(models: Sequence[Ranker], baselines: bool) -> None:
+    if not models and not baselines:
+        raise InputError("there is nothing to evaluate: give a model, or leave the baselines on")
+    names = [model.name for model in models] + (list(baseline.NAMES) if baselines else [])
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two rankers are named {name!r}: name each model, and none like a baseline")
+
+
+def _space_name(ranker: Ranker) -> str:
+    """The id of the space a ranker works in; an identity is the payload's own space."""
+    return "raw" if ranker.space is None or baseline.is_identity(ranker.space) else space_key(ranker.space)
+
+
+def _numbers(alignment: Any) -> dict[str, float | int | None]:
+    """The figures of an Alignment as JSON numbers; NaN becomes null."""
+    fields = {name: getattr(alignment, name) for name in alignment.__dataclass_fields__}
+    result: dict[str, float | int | None] = {}
+    for name, value in fields.items():
+        if isinstance(value, (int, np.integer)):
+            result[name] = int(value)
+        elif isinstance(value, (float, np.floating)):
+            result[name] = float(value) if np.isfinite(value) else None
+    return result
