@@ -174,7 +174,7 @@ def test_a_pool_gives_the_same_kept_or_not(payload, space):
     assert kept._vectors is not None and read._vectors is None
 
 
-SAMPLES = [(6_000, 4000), (24_815, 4000), (76_050, 3155), (584_545, 410), (9 << 30, 200)]
+SAMPLES = [(6_000, 4000), (24_815, 4000), (76_050, 3155), (584_545, 800), (9 << 30, 800)]
 
 
 @pytest.mark.parametrize(("pool", "count"), SAMPLES)
@@ -195,3 +195,16 @@ def test_what_a_ranker_combines_is_what_it_predicts(fitted, payload, windows, sp
         np.testing.assert_allclose(
             predict_all(ranker, payload, rows), np.einsum("nmd,m->nd", vectors, weights), atol=1e-6, err_msg=name
         )
+
+
+def test_on_a_large_payload_a_candidate_is_judged_among_a_draw_of_it(payload, windows, monkeypatch):
+    whole = [baselines.fit_decay(payload, windows.rows("train"), seed=seed) for seed in range(3)]
+    monkeypatch.setattr(baselines, "_WHOLE", 200)
+    seen = []
+    rank = baselines.rank_windows
+    monkeypatch.setattr(
+        baselines, "rank_windows", lambda p, pool, *rest: (seen.append(len(pool)), rank(p, pool, *rest))[1]
+    )
+    drawn = [baselines.fit_decay(payload, windows.rows("train")[:40], seed=seed) for seed in range(3)]
+    assert all(200 <= rows < len(payload) for rows in seen) and len(seen) == 3
+    assert np.abs(np.subtract(whole, drawn)).max() <= 0.2

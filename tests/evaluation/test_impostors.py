@@ -5,7 +5,9 @@ import pytest
 
 from fastlvm.errors import InputError
 from fastlvm.evaluation import impostors as module
-from fastlvm.evaluation.impostors import best_impostors
+from fastlvm.evaluation import ranks as ranking
+from fastlvm.evaluation import scoring
+from fastlvm.evaluation.impostors import rank_with_impostors
 from fastlvm.evaluation.ranks import MISS, rank_many
 
 
@@ -43,8 +45,9 @@ def plainly(predictions, pool, truth, exclude, groups):
 
 @pytest.fixture(params=[(4096, 2048), (7, 5)], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(module, "_POOL_BLOCK", request.param[0])
-    monkeypatch.setattr(module, "_QUERY_BLOCK", request.param[1])
+    monkeypatch.setattr(ranking, "_POOL_BLOCK", request.param[0])
+    monkeypatch.setattr(scoring, "_QUERY_BLOCK", request.param[1])
+    monkeypatch.setattr(module, "_TOGETHER", request.param[1])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -52,7 +55,7 @@ def test_impostors_are_those_of_a_plain_search(blocks, seed):
     given = case(seed=seed)
     predictions, pool, truth, _, _ = given
     row, context_won = plainly(*given)
-    found = best_impostors(*given)
+    found = rank_with_impostors(*given)[1]
     np.testing.assert_array_equal(found.row, row)
     np.testing.assert_array_equal(found.context_won, context_won)
     assert context_won.any() and not context_won.all()
@@ -65,22 +68,22 @@ def test_the_margin_is_above_zero_exactly_where_the_rank_is_one(blocks):
     given = case(n=200)
     ranks = rank_many([given[0]], *given[1:])[0].excluded
     known = ranks != MISS
-    found = best_impostors(*given)
+    found = rank_with_impostors(*given)[1]
     np.testing.assert_array_equal(found.margin[known] >= 0, ranks[known] == 1)
 
 
 def test_a_duplicate_of_the_truth_is_no_impostor():
     pool = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
-    assert best_impostors(pool[:1], pool, [0], None, np.array([0, 0, 2])).row.tolist() == [2]
-    assert best_impostors(pool[:1], pool, [0]).row.tolist() == [1]
+    assert rank_with_impostors(pool[:1], pool, [0], None, np.array([0, 0, 2]))[1].row.tolist() == [2]
+    assert rank_with_impostors(pool[:1], pool, [0])[1].row.tolist() == [1]
 
 
 def test_without_any_other_row_there_is_none():
     pool = np.array([[1, 0], [0.9, 0.1]], np.float32)
-    found = best_impostors(np.array([[0.9, 0.2]], np.float32), pool, [0], [[1]])
+    found = rank_with_impostors(np.array([[0.9, 0.2]], np.float32), pool, [0], [[1]])[1]
     assert found.row.tolist() == [-1] and found.score.tolist() == [-np.inf] and found.margin.tolist() == [np.inf]
     assert not found.context_won[0]
-    assert best_impostors(np.array([[0.0, 1]], np.float32), pool, [0], [[1]]).context_won[0]
+    assert rank_with_impostors(np.array([[0.0, 1]], np.float32), pool, [0], [[1]])[1].context_won[0]
 
 
 @pytest.mark.parametrize(
@@ -96,4 +99,4 @@ def test_without_any_other_row_there_is_none():
 def test_what_does_not_fit_is_refused(change, said):
     given = {"predictions": np.ones((1, 2), np.float32), "pool": np.eye(2, dtype=np.float32), "truth_rows": [0]}
     with pytest.raises(InputError, match=said):
-        best_impostors(**(given | change))
+        rank_with_impostors(**(given | change))

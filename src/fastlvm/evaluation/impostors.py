@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlvm.errors import InputError
-from fastlvm.evaluation.ranks import (
-    _checked_groups,
-    _Entries,
-    _masked_entries,
-    _pool_shape,
-    _rows_in_range,
-    checked_predictions,
-)
+from fastlvm.evaluation.ranks import Block, Ranks, rank_many
 
-_POOL_BLOCK = 4096
-_QUERY_BLOCK = 2048
+_TOGETHER = 256  # rows of scores that are copied, so that some can be taken out
 
 
 class Impostors(NamedTuple):
@@ -36,51 +28,47 @@ class Impostors(NamedTuple):
         return self.truth_score - self.score
 
 
-def best_impostors(
+def rank_with_impostors(
     predictions: np.ndarray,
     pool: Any,
     truth_rows: np.ndarray,
     exclude_rows: np.ndarray | None = None,
     groups: np.ndarray | None = None,
-) -> Impostors:
-    """The best-scoring row of each query that is neither of the truth's duplicate group nor of an excluded one.
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Ranks, Impostors]:
+    """Ranks of the truths, and the best-scoring row of each query that is of no truth's and no excluded group.
 
-    Arguments and errors as in `exact_ranks`. A group is named by its smallest row; of equal scores the smallest
-    row is taken. Memory: one block of the pool and one block of scores at a time.
+    Arguments and errors as in `rank_many`. A group is named by its smallest row; of equal scores the smallest row is
+    taken. One pass over the pool.
     """
-    rows, dim = _pool_shape(pool)
-    truth = _rows_in_range("truth_rows", truth_rows, rows, lowest=0)
-    if truth.ndim != 1:
-        raise InputError(f"truth_rows has shape {truth.shape}, and one row per query [n] is wanted")
-    queries = checked_predictions(predictions, (len(truth), dim), "predictions")
-    group = _checked_groups(groups, rows)
-    masked, _ = _masked_entries(truth, exclude_rows, group)
-    truth_score = np.einsum("nd,nd->n", queries, np.asarray(pool[truth], dtype=np.float32))
+    best = _Best(len(np.asarray(truth_rows)))
+    ranks = rank_many([predictions], pool, truth_rows, exclude_rows, groups, advance=advance, observe=best.see)[0]
+    vectors = np.asarray(pool[np.asarray(truth_rows)], dtype=np.float32)
+    truth_score = np.einsum("nd,nd->n", np.asarray(predictions, dtype=np.float32), vectors)
+    won = (best.excluded > truth_score) & (best.excluded > best.score)
+    return ranks, Impostors(best.row, best.score, truth_score, won)
 
-    row = np.full(len(truth), -1, np.int64)
-    score = np.full(len(truth), -np.inf, np.float32)
-    excluded = np.full(len(truth), -np.inf, np.float32)
-    for start in range(0, rows, _POOL_BLOCK):
-        stop = min(start + _POOL_BLOCK, rows)
-        block = np.asarray(pool[start:stop], dtype=np.float32)
-        silent = np.flatnonzero(group[start:stop] != np.arange(start, stop))  # not the smallest row of their group
-        entries = masked.within(start, stop)
-        for first in range(0, len(queries), _QUERY_BLOCK):
-            part = slice(first, min(first + _QUERY_BLOCK, len(queries)))
-            scores = queries[part] @ block.T  # [q, b]
-            scores[:, silent] = -np.inf
-            _take_out(scores, entries, part, excluded)
+
+class _Best:
+    """The best row and score of n queries so far, and the best score of an excluded one."""
+
+    def __init__(self, n: int) -> None:
+        self.row = np.full(n, -1, np.int64)
+        self.score = np.full(n, -np.inf, np.float32)
+        self.excluded = np.full(n, -np.inf, np.float32)
+
+    def see(self, block: Block) -> None:
+        if not len(block.rows):
+            return
+        for start in range(0, len(block.found.query), _TOGETHER):
+            query = block.found.query[start : start + _TOGETHER]
+            scores = block.found.scores[block.found.row[start : start + _TOGETHER]]  # [q, b], a copy
+            which, entry = block.entries.of(query)
+            column, other = block.entries.row[entry], ~block.entries.own[entry]
+            np.maximum.at(self.excluded, query[which[other]], scores[which[other], column[other]])
+            scores[which, column] = -np.inf
             best = scores.argmax(axis=1)
             value = scores[np.arange(len(scores)), best]
-            higher = value > score[part]
-            row[part][higher] = start + best[higher]
-            score[part][higher] = value[higher]
-    return Impostors(row, score, truth_score, (excluded > truth_score) & (excluded > score))
-
-
-def _take_out(scores: np.ndarray, entries: _Entries, part: slice, excluded: np.ndarray) -> None:
-    """Mask the truths and the excluded in scores [q, b] of queries `part`; keep the best score of the excluded."""
-    here = (entries.query >= part.start) & (entries.query < part.stop)
-    query, column, other = entries.query[here], entries.row[here], ~entries.own[here]
-    np.maximum.at(excluded, query[other], scores[query[other] - part.start, column[other]])
-    scores[query - part.start, column] = -np.inf
+            higher = value > self.score[query]
+            self.row[query[higher]] = block.rows[best[higher]]
+            self.score[query[higher]] = value[higher]

@@ -17,7 +17,7 @@ from fastlvm.errors import InputError
 from fastlvm.evaluation import baselines as baseline
 from fastlvm.evaluation.bootstrap import Bootstrap
 from fastlvm.evaluation.figures import article_figures, differences, row
-from fastlvm.evaluation.impostors import best_impostors
+from fastlvm.evaluation.impostors import rank_with_impostors
 from fastlvm.evaluation.outcome import Listed, Outcome, Store
 from fastlvm.evaluation.ranker import Listing, Pool, Pools, Ranker, predict_all, queries, rank_windows, space_key
 from fastlvm.evaluation.ranks import MISS, Ranks, cosines, ranks_within
@@ -160,36 +160,46 @@ class _Work:
     def model(self, ranker: Ranker) -> list[Outcome]:
         """The model, and after it one outcome for every order that its index's list is put in."""
         predictions = predict_all(ranker, self._payload, self._rows)
+        directions = predictions / np.linalg.norm(predictions, axis=1)[:, None]  # their scores are cosines
         pool = Pool(self._payload, ranker.space)
         if _space_name(ranker) == "raw":
             pool = Pool(self._payload)
-        outcome = self._rank([ranker], [predictions], pool)[0]
+        self._say(f"ranking {ranker.name}")
+        ranks, impostors = rank_with_impostors(
+            directions, pool, self._rows[:, -1], self._rows[:, :-1], self._groups, self._advance(len(pool))
+        )
         truth, last = pool[self._rows[:, -1]], pool[self._rows[:, -2]]
         findings = model_findings(ranker.name, predictions, last, truth, unseen=self._unseen)
-        lengths = np.linalg.norm(predictions, axis=1)
-        self._say(f"looking for what beats the truth of {ranker.name}")
-        impostors = best_impostors(
-            predictions / lengths[:, None], pool, self._rows[:, -1], self._rows[:, :-1], self._groups
-        )
         outcome = replace(
-            outcome, impostors=impostors, findings=tuple(one.to_dict() for one in findings if one.level != "ok")
+            self._outcomes([ranker], [predictions], pool, [ranks])[0],
+            impostors=impostors,
+            findings=tuple(one.to_dict() for one in findings if one.level != "ok"),
         )
         listed = [(listing, self._list(ranker, listing, predictions, truth)) for listing in ranker.listings]
         reranked = [self._reranked(outcome, *pair) for pair in listed if pair[0].label]
         own = next((found for listing, found in listed if not listing.label), None)
         return [replace(outcome, listed=own), *reranked]
 
-    def _rank(self, rankers: Sequence[Ranker], predictions: list[np.ndarray], pool: Pool) -> list[Outcome]:
-        self._say(f"ranking {', '.join(ranker.name for ranker in rankers)}")
+    def _advance(self, rows: int) -> Callable[[int], None]:
+        """Counts rows of a pool of so many."""
         done = 0
 
-        def advance(rows: int) -> None:
+        def advance(more: int) -> None:
             nonlocal done
-            done += rows
-            self._step(done / len(pool))
+            done += more
+            self._step(done / rows)
 
+        return advance
+
+    def _rank(self, rankers: Sequence[Ranker], predictions: list[np.ndarray], pool: Pool) -> list[Outcome]:
+        self._say(f"ranking {', '.join(ranker.name for ranker in rankers)}")
         asked = [queries(ranker, p, self._rows) for ranker, p in zip(rankers, predictions, strict=True)]
-        ranks = rank_windows(asked, pool, self._rows, self._groups, advance)
+        ranks = rank_windows(asked, pool, self._rows, self._groups, self._advance(len(pool)))
+        return self._outcomes(rankers, predictions, pool, ranks)
+
+    def _outcomes(
+        self, rankers: Sequence[Ranker], predictions: list[np.ndarray], pool: Pool, ranks: Sequence[Ranks]
+    ) -> list[Outcome]:
         within = ranks_within(predictions, pool, self._rows, self._spans, self._groups)
         return [
             Outcome(

@@ -133,7 +133,7 @@ def queries(ranker: Ranker, predictions: np.ndarray, rows: np.ndarray) -> np.nda
 
 def rank_windows(
     predictions: Sequence[np.ndarray | Combined],
-    pool: Pool,
+    pool: Pool | np.ndarray,
     rows: np.ndarray,
     groups: np.ndarray,
     advance: Callable[[int], None] = lambda _: None,

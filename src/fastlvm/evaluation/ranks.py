@@ -15,6 +15,7 @@ MISS = int(np.iinfo(np.int64).max)
 """Rank of a truth that cannot be retrieved, because its own duplicate group is excluded with the context."""
 
 _POOL_BLOCK = 4096
+_ROWS, _WORDS = 32, 128
 
 
 class Ranks(NamedTuple):
@@ -54,11 +55,12 @@ def rank_many(
     groups: np.ndarray | None = None,
     *,
     advance: Callable[[int], None] = lambda _: None,
+    observe: Callable[[Block], None] = lambda _: None,
 ) -> list[Ranks]:
     """`exact_ranks` of several rankers on the same queries, in one pass over the pool, with and without the exclusion.
 
     A vector that is asked for more than once is scored once, and `Combined` predictions cost little. advance is called
-    with the rows of the pool that are done.
+    with the rows of the pool that are done, observe with every block of scores.
 
     Memory: one block of the pool (4,096 rows) and one block of scores (2,048 × 4,096 floats) at a time.
     """
@@ -82,6 +84,7 @@ def rank_many(
         entries = masked.within(start, stop, voting)
         for found in scorer.score(block if len(voting) == len(block) else block[voting]):
             _count(found, truth_scores, entries, above, among_excluded)
+            observe(Block(found, start + voting, entries))
         advance(stop - start)
 
     result = []
@@ -93,19 +96,14 @@ def rank_many(
 
 
 def _count(
-    found: Scored, truth_scores: np.ndarray, entries: _Entries, above: np.ndarray, among_excluded: np.ndarray
+    found: Scored, truth_scores: np.ndarray, entries: Entries, above: np.ndarray, among_excluded: np.ndarray
 ) -> None:
     """Add, per ranker and query, how many groups of this block score above the truth, and how many excluded ones do.
 
-    A row of scores at a time: it stays in the cache, and an array of flags for the whole block costs more than all
-    comparisons. The truth's own group is taken off again, as are, by the caller, the excluded ones.
+    The truth's own group is taken off again, as are, by the caller, the excluded ones.
     """
     limits = truth_scores[found.ranker, found.query]
-    flags = np.empty(found.scores.shape[1], bool)
-    counts = np.empty(len(limits), np.int64)
-    for at, (row, limit) in enumerate(zip(found.row.tolist(), limits, strict=True)):
-        np.greater(found.scores[row], limit, out=flags)
-        counts[at] = np.count_nonzero(flags)
+    counts = _higher(found.scores, found.row, limits)
     above[found.ranker, found.query] += counts
     if not len(entries.row):
         return
@@ -116,21 +114,41 @@ def _count(
     np.add.at(among_excluded, (ranker[~own & higher], query[~own & higher]), 1)
 
 
+def _higher(scores: np.ndarray, rows: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """How many of scores[rows[i]] are above limits[i]: int64 [a].
+
+    A few rows at a time, which stay in the cache; their flags are bytes of 0 and 1, added eight in a word, and not so
+    many that a byte runs over.
+    """
+    width = scores.shape[1]
+    flags = np.zeros((_ROWS, -(-width // _WORDS // 8) * _WORDS * 8), bool)
+    counts = np.empty(len(limits), np.int64)
+    in_order = len(rows) == len(scores) and bool((rows == np.arange(len(rows))).all())
+    for start in range(0, len(limits), _ROWS):
+        part = slice(start, min(start + _ROWS, len(limits)))
+        some = scores[part] if in_order else scores[rows[part]]
+        here = flags[: len(some)]
+        np.greater(some, limits[part, None], out=here[:, :width])
+        words = here.view(np.uint64).reshape(len(some), -1, _WORDS)
+        counts[part] = np.add.reduce(words, axis=2).view(np.uint8).sum(axis=1, dtype=np.int64)
+    return counts
+
+
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """(query, group) pairs to treat apart: the truth's own group (`own`), or a group excluded for that query."""
 
     row: np.ndarray
     query: np.ndarray
     own: np.ndarray
 
-    def within(self, start: int, stop: int, voting: np.ndarray | None = None) -> _Entries:
+    def within(self, start: int, stop: int, voting: np.ndarray | None = None) -> Entries:
         """Of pairs sorted by row those in [start, stop), sorted by query; rows are counted from start, or are places
         in start + `voting`."""
         a, b = np.searchsorted(self.row, [start, stop])
         order = np.argsort(self.query[a:b], kind="stable") + a
         row = self.row[order] - start
-        return _Entries(row if voting is None else np.searchsorted(voting, row), self.query[order], self.own[order])
+        return Entries(row if voting is None else np.searchsorted(voting, row), self.query[order], self.own[order])
 
     def of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All (i, entry) with the entry's query queries[i], of what `within` gave."""
@@ -140,7 +158,15 @@ class _Entries:
         return which, np.arange(len(which)) - np.repeat(np.cumsum(count) - count - first, count)
 
 
-def _masked_entries(truth: np.ndarray, exclude_rows: Any, group: np.ndarray) -> tuple[_Entries, np.ndarray]:
+class Block(NamedTuple):
+    """Scores of some queries with some rows of the pool, int64 [b], one of every group; and the pairs among these."""
+
+    found: Scored
+    rows: np.ndarray
+    entries: Entries
+
+
+def _masked_entries(truth: np.ndarray, exclude_rows: Any, group: np.ndarray) -> tuple[Entries, np.ndarray]:
     """The pairs sorted by row, each excluded group once per query, and which queries' truth is itself excluded."""
     n = len(truth)
     truth_group = group[truth]
@@ -159,7 +185,7 @@ def _masked_entries(truth: np.ndarray, exclude_rows: Any, group: np.ndarray) -> 
         query = np.concatenate([query, pairs[:, 0]])
         own = np.concatenate([own, np.zeros(len(pairs), bool)])
     order = np.argsort(row, kind="stable")
-    return _Entries(row[order], query[order], own[order]), unanswerable
+    return Entries(row[order], query[order], own[order]), unanswerable
 
 
 def ranks_within(

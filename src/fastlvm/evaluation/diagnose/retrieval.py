@@ -6,8 +6,8 @@ import numpy as np
 
 from fastlvm.errors import InputError
 from fastlvm.evaluation.findings import FAULT, OK, Figure, Finding, percent
-from fastlvm.evaluation.impostors import best_impostors
-from fastlvm.evaluation.ranker import Pools, Ranker, predict_all, rank_windows
+from fastlvm.evaluation.impostors import rank_with_impostors
+from fastlvm.evaluation.ranker import Pools, Ranker, predict_all
 from fastlvm.evaluation.ranks import MISS
 from fastlvm.evaluation.suspects import model_findings
 
@@ -33,7 +33,7 @@ def check_ranker(ranker: Ranker, pools: Pools, rows: np.ndarray, *, unseen: bool
 def _ranks(ranker: Ranker, pools: Pools, rows: np.ndarray, predictions: np.ndarray) -> list[Finding]:
     payload, pool = pools.payload, pools.of(ranker.space)
     groups = np.asarray(payload.groups)
-    ranks = rank_windows([predictions], pool, rows, groups)[0]
+    ranks, found = rank_with_impostors(predictions, pool, rows[:, -1], rows[:, :-1], groups)
     known = np.sort(ranks.excluded)
     median = int(known[(len(known) - 1) // 2])
     first, five = float((known <= 1).mean()), float((known <= 5).mean())
@@ -51,7 +51,6 @@ def _ranks(ranker: Ranker, pools: Pools, rows: np.ndarray, predictions: np.ndarr
         f"{len(rows)} windows, median rank {'none' if median == MISS else median} of {len(payload)} rows "
         "(exact, context left out)"
     )
-    found = best_impostors(predictions, pool, rows[:, -1], rows[:, :-1], groups)
     there = found.row >= 0
     margin = found.margin[there] / np.linalg.norm(predictions, axis=1)[there]
     own = payload.keys[found.row[there], 0] == payload.keys[rows[there, -1], 0]
