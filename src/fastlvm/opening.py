@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,11 +55,14 @@ def model_name(path: Path, among: Sequence[Path]) -> str:
 def open_model(path: Path, name: str, *, index: Index | None = None, rerank: Sequence[str] = ()) -> Opened:
     """A run or an artifact. index: searched instead of the artifact's own, or for a run, in the model's own space.
 
-    rerank: rerankers such as "mmr:0.7", in their order; the list of the index is put in their order, beside its own.
-    Raises InputError for what is neither, for an index of another space, and for rerankers without a predictor.
+    rerank: rerankers such as "mmr:0.7", in their order; the list of an artifact's own index is put in their order,
+    beside its own. Raises InputError for what is neither, for an index of another space or payload, for rerankers
+    without a predictor, and for both an index and rerankers.
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder: name a run or an artifact")
+    if index is not None and rerank:
+        raise InputError("an index and rerankers are given, and these work on an artifact's own: leave out one of them")
     if (path / "golden.npz").exists():
         return _artifact(path, name, index, rerank)
     return _run(path, name, index, rerank)
@@ -69,8 +73,8 @@ def _artifact(path: Path, name: str, index: Index | None, rerank: Sequence[str])
     from fastlvm.predictor import Predictor
 
     predictor = Predictor.load(path)
-    space = predictor.index.space
-    listings = [_own_list(predictor) if index is None else _list(path, index, space.id)]
+    space, searched = predictor.index.space, predictor.index if index is None else index
+    listings = [_own_list(predictor) if index is None else _list(path, index, space.id, predictor.payload_id)]
     if rerank:
         listings.append(_reranked(predictor, rerank))
     ranker = Ranker(
@@ -78,9 +82,9 @@ def _artifact(path: Path, name: str, index: Index | None, rerank: Sequence[str])
         predictor.predict,
         space,
         listings=listings,
-        identity=f"{sha256_file(path / 'config.json')} {predictor.index.id} {_index_id(index)} {' '.join(rerank)}",
+        identity=f"{sha256_file(path / 'config.json')} {_state(searched)} {' '.join(rerank)}",
     )
-    return Opened(path, ranker, predictor.payload_id, predictor.context, predictor, index or predictor.index)
+    return Opened(path, ranker, predictor.payload_id, predictor.context, predictor, searched)
 
 
 def _run(path: Path, name: str, index: Index | None, rerank: Sequence[str]) -> Opened:
@@ -96,14 +100,17 @@ def _run(path: Path, name: str, index: Index | None, rerank: Sequence[str]) -> O
         name,
         lambda contexts: predict(space.apply(contexts)),
         space,
-        listings=[] if index is None else [_list(path, index, space.id)],
-        identity=f"{sha256_file(path / BEST)} {space.id} {_index_id(index)}",
+        listings=[] if index is None else [_list(path, index, space.id, config["payload_id"])],
+        identity=f"{sha256_file(path / BEST)} {space.id} {'' if index is None else _state(index)}",
     )
     return Opened(path, ranker, config["payload_id"], config["model"]["context"], None, index)
 
 
-def _index_id(index: Index | None) -> str:
-    return "" if index is None else index.id
+def _state(index: Index) -> str:
+    """What a search's answers depend on: what the index was built from and how, and what it has now."""
+    added = index.rows[index.rows >= index.base]
+    now = (index.rows, index.keys[added], index.vectors(added))
+    return " ".join([index.id, *(hashlib.sha256(array.tobytes()).hexdigest() for array in now)])
 
 
 def describe_index(index: Index) -> str:
@@ -111,9 +118,13 @@ def describe_index(index: Index) -> str:
     return f"{index.kind} {index.options}".strip()
 
 
-def _list(path: Path, index: Index, space_id: str) -> Listing:
+def _list(path: Path, index: Index, space_id: str, payload_id: str) -> Listing:
     from fastlvm.evaluation import Listing
 
+    if index.payload_id != payload_id:
+        raise IntegrityError(
+            f"the index is of payload {index.payload_id}, and {path} of {payload_id}: build one from the model's payload"
+        )
     if index.space.id != space_id:
         raise IntegrityError(
             f"the index is in space {index.space.id}, and {path} predicts in {space_id}: build one in the model's space"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlvm.data import Payload, Space, Windows
+from fastlvm.data.alignment import Alignment
 from fastlvm.data.provenance import version
+from fastlvm.data.split import ALIASES
 from fastlvm.errors import InputError
 from fastlvm.evaluation import baselines as baseline
 from fastlvm.evaluation.bootstrap import Bootstrap
@@ -58,66 +60,32 @@ def evaluate(
 
     Raises IntegrityError where the windows are not of this payload, InputError for an empty split or bad predictions.
     """
-    say, stepped = progress or (lambda _: None), step or (lambda _: None)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed is {seed!r}, and a whole number of at least 0 is wanted")
-    _check_names(models, baselines)
-    alignment = windows.verify(payload)
-    rows, articles = np.asarray(windows.rows(split)), np.asarray(windows.keys(split))[:, 0]
-    total = len(rows)
-    if total == 0:
-        raise InputError(f"the windows have none in split {split!r}: build them with a fraction for it")
-    unit = "article" if clusters is None else "given clusters"
-    if clusters is None and (own := windows.groups(split)) is not None:
-        clusters, unit = own, "group"
-    rows, articles, units = _selected(rows, articles, clusters, limit, seed)
-
-    if space is None:
-        space = next((m.space for m in models if m.space is not None and not baseline.is_identity(m.space)), None)
-    about = {"payload": payload.id, "windows": windows.id, "split": split, "limit": limit, "seed": seed}
-    resampled = hashlib.sha256(np.unique(units, return_inverse=True)[1].tobytes()).hexdigest()
-    store = Store(outcomes, {**about, "units": resampled, "version": version()})
-    work = _Work(payload, rows, units, say, stepped, unseen=split != "train")
+    say = progress or (lambda _: None)
+    _check_asked(models, baselines, seed)
+    split = ALIASES.get(split, split)
+    alignment = check_windows(payload, windows, split)
+    chosen = _chosen(windows, split, clusters, limit, seed)
+    space = space or _space_of(models)
+    work = _Work(payload, chosen.rows, chosen.units, say, step or (lambda _: None), unseen=split != "train")
+    store = Store(outcomes, _about(payload, windows, split, chosen, limit, seed))
     found: list[Outcome] = []
     for model in models:
         found += _kept(store, model.identity and f"{model.name} {model.identity}", functools.partial(work.model, model))
     if baselines:
         base = None if space is None else space.base.id
         found += _kept(store, f"baselines {base}", lambda: work.baselines(windows, space, seed))
+    say(f"resampling {chosen.unit}s")
+    bootstrap = Bootstrap(chosen.units, resamples=resamples, seed=seed)
+    of_windows = {"id": windows.id, "split": split, "context": int(windows.context), "unanswerable": work.unanswerable}
+    return _report(payload, name, of_windows, alignment, chosen, bootstrap, found)
 
-    say(f"resampling {unit}s")
-    bootstrap = Bootstrap(units, resamples=resamples, seed=seed)
-    return Report(
-        payload={
-            "name": name or payload.path.name,
-            "id": payload.id,
-            "rows": len(payload),
-            "dim": payload.dim,
-            "encoder": str(getattr(payload.provenance, "encoder", "")),
-        },
-        windows={
-            "id": windows.id,
-            "split": split,
-            "context": int(windows.context),
-            "total": total,
-            "evaluated": len(rows),
-            "articles": len(np.unique(articles)),
-            "unanswerable": work.unanswerable,
-            "headline": HEADLINE,
-        },
-        alignment=_numbers(alignment),
-        bootstrap={
-            "unit": unit,
-            "units": len(bootstrap.names),
-            "resamples": resamples,
-            "seed": seed,
-            "level": bootstrap.level,
-        },
-        rows=[row(one, payload, rows, articles, bootstrap) for one in found],
-        differences=differences(found, bootstrap),
-        articles=article_figures(payload, rows, articles),
-        findings=[dict(finding) for one in found for finding in one.findings],
-    )
+
+def check_windows(payload: Payload, windows: Windows, split: str) -> Alignment:
+    """What `windows.verify(payload)` finds. Raises IntegrityError as it does, InputError for an empty split."""
+    alignment = windows.verify(payload)
+    if len(windows.rows(split)) == 0:
+        raise InputError(f"the windows have none in split {split!r}: build them with a fraction for it")
+    return alignment
 
 
 def _kept(store: Store, identity: str, make: Callable[[], list[Outcome]]) -> list[Outcome]:
@@ -229,8 +197,12 @@ class _Work:
         return Listed(listing.about, listing.k, rank, target)
 
     def _place(self, ids: np.ndarray, group: np.ndarray) -> np.ndarray:
-        """1 + the first place of each group [n] among the rows `ids` [n, k]; `MISS` where it is not there."""
-        hit = (ids >= 0) & (self._groups[np.maximum(ids, 0)] == group[:, None])
+        """1 + the first place of each group [n] among the rows `ids` [n, k]; `MISS` where it is not there.
+
+        An index may have rows that were added to the payload's: these are of no group.
+        """
+        known = (ids >= 0) & (ids < len(self._groups))
+        hit = known & (self._groups[np.where(known, ids, 0)] == group[:, None])
         return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, MISS)
 
     @staticmethod
@@ -238,7 +210,7 @@ class _Work:
         """An outcome of its own: a truth that is not among the k listed is a miss."""
         return replace(
             outcome,
-            name=f"{outcome.name} + {listing.label}",
+            name=_reranked_name(outcome.name, listing),
             kind="reranked",
             keys=listing.keys,
             note=f"order of the {listing.k} chunks that {listing.about} lists; others are misses",
@@ -248,28 +220,111 @@ class _Work:
         )
 
 
-def _selected(
-    rows: np.ndarray, articles: np.ndarray, clusters: np.ndarray | None, limit: int | None, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, articles and clusters of the windows to rank."""
-    unit = articles if clusters is None else np.asarray(clusters)
-    if len(unit) != len(rows):
-        raise InputError(f"clusters names {len(unit)} windows, and the split has {len(rows)}")
+@dataclass(frozen=True)
+class _Chosen:
+    """The windows to rank: rows int64 [n, L + 1], the articles of their targets int [n], what is resampled int [n] and
+    its name, and how many windows the split has.
+    """
+
+    rows: np.ndarray
+    articles: np.ndarray
+    units: np.ndarray
+    unit: str
+    total: int
+
+    def digest(self) -> str:
+        """Of which windows are resampled together."""
+        return hashlib.sha256(np.unique(self.units, return_inverse=True)[1].tobytes()).hexdigest()
+
+
+def _chosen(windows: Windows, split: str, clusters: np.ndarray | None, limit: int | None, seed: int) -> _Chosen:
+    """All windows of a split, or a seeded sample of `limit`."""
+    rows, articles = windows.rows(split), windows.keys(split)[:, 0]
+    units, unit = articles, "article"
+    if clusters is not None:
+        units, unit = np.asarray(clusters), "given clusters"
+    elif (own := windows.groups(split)) is not None:
+        units, unit = own, "group"
+    if len(units) != len(rows):
+        raise InputError(f"clusters names {len(units)} windows, and the split has {len(rows)}")
+    whole = _Chosen(rows, articles, units, unit, len(rows))
     if limit is None or limit >= len(rows):
-        return rows, articles, unit
+        return whole
     if limit < 1:
         raise InputError(f"limit is {limit}, and at least 1 window is wanted")
-    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))
-    return rows[chosen], articles[chosen], unit[chosen]
+    some = np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))
+    return replace(whole, rows=rows[some], articles=articles[some], units=units[some])
 
 
-def _check_names(models: Sequence[Ranker], baselines: bool) -> None:
+def _check_asked(models: Sequence[Ranker], baselines: bool, seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}, and a whole number of at least 0 is wanted")
     if not models and not baselines:
         raise InputError("there is nothing to evaluate: give a model, or leave the baselines on")
-    names = [model.name for model in models] + (list(baseline.NAMES) if baselines else [])
+    names = list(baseline.NAMES) if baselines else []
+    for model in models:
+        names += [model.name, *(_reranked_name(model.name, listing) for listing in model.listings if listing.label)]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two rankers are named {name!r}: name each model, and none like a baseline")
+
+
+def _reranked_name(model: str, listing: Listing) -> str:
+    return f"{model} + {listing.label}"
+
+
+def _space_of(models: Sequence[Ranker]) -> Space | None:
+    """The first model's space that is no identity, of models made from this payload where there are some."""
+    spaces = [model.space for model in sorted(models, key=lambda model: model.domain != "in")]
+    return next((space for space in spaces if space is not None and not baseline.is_identity(space)), None)
+
+
+def _about(
+    payload: Payload, windows: Windows, split: str, chosen: _Chosen, limit: int | None, seed: int
+) -> dict[str, Any]:
+    """What outcomes are kept by, beside the ranker."""
+    which = {"payload": payload.id, "windows": windows.id, "split": split, "limit": limit, "seed": seed}
+    return {**which, "units": chosen.digest(), "version": version()}
+
+
+def _report(
+    payload: Payload,
+    name: str | None,
+    of_windows: dict[str, Any],
+    alignment: Alignment,
+    chosen: _Chosen,
+    bootstrap: Bootstrap,
+    found: Sequence[Outcome],
+) -> Report:
+    """The report of outcomes on the windows that were chosen."""
+    return Report(
+        payload={
+            "name": name or payload.path.name,
+            "id": payload.id,
+            "rows": len(payload),
+            "dim": payload.dim,
+            "encoder": str(getattr(payload.provenance, "encoder", "")),
+        },
+        windows={
+            **of_windows,
+            "total": chosen.total,
+            "evaluated": len(chosen.rows),
+            "articles": len(np.unique(chosen.articles)),
+            "headline": HEADLINE,
+        },
+        alignment=_numbers(alignment),
+        bootstrap={
+            "unit": chosen.unit,
+            "units": len(bootstrap.names),
+            "resamples": bootstrap.resamples,
+            "seed": bootstrap.seed,
+            "level": bootstrap.level,
+        },
+        rows=[row(one, payload, chosen.rows, chosen.articles, bootstrap) for one in found],
+        differences=differences(found, bootstrap),
+        articles=article_figures(payload, chosen.rows, chosen.articles),
+        findings=[dict(finding) for one in found for finding in one.findings],
+    )
 
 
 def _space_name(ranker: Ranker) -> str:
@@ -277,7 +332,7 @@ def _space_name(ranker: Ranker) -> str:
     return "raw" if ranker.space is None or baseline.is_identity(ranker.space) else space_key(ranker.space)
 
 
-def _numbers(alignment: Any) -> dict[str, float | int | None]:
+def _numbers(alignment: Alignment) -> dict[str, float | int | None]:
     """The figures of an Alignment as JSON numbers; NaN becomes null."""
     fields = {name: getattr(alignment, name) for name in alignment.__dataclass_fields__}
     result: dict[str, float | int | None] = {}
