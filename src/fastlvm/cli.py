@@ -18,6 +18,7 @@ from fastlvm.console import (
     TrainingBar,
     command,
     interrupted,
+    keep_apart,
     note,
     parse_rerankers,
     parse_settings,
@@ -154,6 +155,8 @@ def evaluate(
     elsewhere = None if out_of_domain is None else Report.open(out_of_domain)
     corpora = workflow.open_corpora(payload, windows)
     folders = workflow.report_folders(corpora, out)
+    for folder in folders:
+        check_folder(folder)
     try:
         with RankingBar() as bar:
             reports = workflow.evaluate_paths(
@@ -173,8 +176,7 @@ def evaluate(
     for report, folder in zip(reports, folders, strict=True):
         show(report.table())
         workflow.write_report(report, folder, say=note)
-    for report in reports:
-        workflow.refuse_faults(report)
+    workflow.refuse_faults(reports)
     if gates:
         names = [workflow.model_name(model, models) for model in models]
         workflow.judge(reports, gates, names, out, say=typer.echo, out_of_domain=elsewhere)
@@ -191,6 +193,9 @@ def compare(
     from fastlvm.evaluation.table import leaderboard
 
     found = [open_report(path) for path in reports]
+    if out is not None:
+        for file, _ in found:
+            keep_apart(file, out)
     places = places_of(found)
     show(leaderboard(found[0][1], places))
     if out is not None:

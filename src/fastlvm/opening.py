@@ -108,14 +108,19 @@ def _run(path: Path, name: str, index: Index | None, rerank: Sequence[str]) -> O
 
 def _state(index: Index) -> str:
     """What a search's answers depend on: what the index was built from and how, and what it has now."""
-    added = index.rows[index.rows >= index.base]
+    added = np.arange(index.total - index.added, index.total)
     now = (index.rows, index.keys[added], index.vectors(added))
     return " ".join([index.id, *(hashlib.sha256(array.tobytes()).hexdigest() for array in now)])
 
 
 def describe_index(index: Index) -> str:
-    """Kind and options of an index."""
-    return f"{index.kind} {index.options}".strip()
+    """Kind and options of an index, and what it has otherwise than the payload."""
+    changes = {"added": index.added, "removed": index.total - len(index)}
+    said = [
+        f"{index.kind} {index.options}".strip(),
+        *(f"{count} rows {what}" for what, count in changes.items() if count),
+    ]
+    return ", ".join(said)
 
 
 def _list(path: Path, index: Index, space_id: str, payload_id: str) -> Listing:
@@ -123,7 +128,7 @@ def _list(path: Path, index: Index, space_id: str, payload_id: str) -> Listing:
 
     if index.payload_id != payload_id:
         raise IntegrityError(
-            f"the index is of payload {index.payload_id}, and {path} of {payload_id}: build one from the model's payload"
+            f"the index is of payload {index.payload_id}, and {path} of {payload_id}: build one of the model's payload"
         )
     if index.space.id != space_id:
         raise IntegrityError(

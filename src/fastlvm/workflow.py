@@ -79,10 +79,12 @@ def evaluate_paths(
     """A report a corpus, of runs and artifacts beside the baselines; with the time a query takes, batch 1, at home.
 
     names: how the reports call the models, None = as their folders. index: a folder, searched instead of the artifacts'
-    own and for runs. rerank: rerankers such as "mmr:0.7". outcomes: a folder a corpus, that keeps what came out.
-    say, step: as `evaluate` takes them. Raises InputError where a model is of none of the payloads.
+    own and for runs. rerank: rerankers such as "mmr:0.7", of what artifacts' own indexes list. outcomes: a folder a
+    corpus, that keeps what came out. say, step: as `evaluate` takes them. Raises InputError where a model is of none of
+    the payloads, or a payload, its windows and a model do not go together; nothing is written then.
     """
     from fastlvm.evaluation import evaluate
+    from fastlvm.evaluation.pipeline import check_windows
     from fastlvm.retrieval import Index
 
     for at, path in enumerate(paths):
@@ -93,10 +95,13 @@ def evaluate_paths(
     opened = [open_model(path, own, index=searched, rerank=rerank) for path, own in zip(paths, called, strict=True)]
     for model in opened:
         _check_home(model, corpora)
+    rankers = [[model.over(corpus.payload) for model in opened] for corpus in corpora]
+    for corpus in corpora[1:]:  # before anything is written; the first is about to be checked anyway
+        check_windows(corpus.payload, corpus.windows, split)
     reports = []
     for at, corpus in enumerate(corpora):
         report = evaluate(
-            [model.over(corpus.payload) for model in opened],
+            rankers[at],
             corpus.payload,
             corpus.windows,
             split=split,
@@ -109,10 +114,8 @@ def evaluate_paths(
             step=step,
         )
         contexts = corpus.payload.take(corpus.windows.rows(split)[:LATENCY_CONTEXTS, :-1])
-        for model in opened:
-            if model.payload_id == corpus.payload.id and model.index is not None:
-                say(f"timing {model.ranker.name}")
-                report.latency[model.ranker.name] = _latency(model, contexts, rerank)
+        at_home = [model for model in opened if model.payload_id == corpus.payload.id]
+        report.latency.update(_latencies(at_home, contexts, rerank, say))
         reports.append(report)
     return reports
 
@@ -129,6 +132,18 @@ def _check_home(model: Opened, corpora: Sequence[Corpus]) -> None:
         raise IntegrityError(f"{model.path} belongs to payload {model.payload_id}, and {given}: name its own")
 
 
+def _latencies(
+    models: Sequence[Opened], contexts: np.ndarray, rerank: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Latency]:
+    """By name, of the models that have something to search in."""
+    found = {}
+    for model in models:
+        if model.index is not None:
+            say(f"timing {model.ranker.name}")
+            found[model.ranker.name] = _latency(model, contexts, rerank)
+    return found
+
+
 def _latency(model: Opened, contexts: np.ndarray, rerank: Sequence[str]) -> Latency:
     from fastlvm import get_num_threads
     from fastlvm.evaluation.latency import measure_predictor, measure_retrieval
@@ -137,7 +152,8 @@ def _latency(model: Opened, contexts: np.ndarray, rerank: Sequence[str]) -> Late
     often = {"warmup": LATENCY_WARMUP, "repeats": LATENCY_REPEATS, "threads": get_num_threads()}
     k = min(K, len(model.index))
     if model.predictor is None or model.predictor.index is not model.index:
-        return measure_retrieval(model.ranker.predict, functools.partial(model.index.search, k=k), contexts, **often)
+        search = functools.partial(model.index.search, k=k)
+        return measure_retrieval(lambda context: model.ranker.predict(context[None]), search, contexts, **often)
     return measure_predictor(model.predictor, contexts, k, stages=stages_of(rerank), **often)
 
 
@@ -158,21 +174,22 @@ def write_report(report: Report, out: Path, say: Callable[[str], None]) -> None:
     say(f"{', '.join(written)} written to {out}")
 
 
-def refuse_faults(report: Report) -> None:
-    """Raise InputError with what a report found to be wrong with its models, if anything."""
-    faults = [finding["sentence"] for finding in report.findings if finding["level"] == "fault"]
+def refuse_faults(reports: Sequence[Report]) -> None:
+    """Raise InputError with what reports found to be wrong with their models, if anything."""
+    faults = [finding["sentence"] for report in reports for finding in report.findings if finding["level"] == "fault"]
     if faults:
-        raise InputError(" ".join(faults))
+        raise InputError("; ".join(dict.fromkeys(faults)))
 
 
 def load_gates(gates: Sequence[str], split: str) -> list[Gate]:
     """The gates of these names and files, each once; refuses, before the work, those that judge another split."""
+    from fastlvm.data.split import ALIASES
     from fastlvm.evaluation import load_gate
     from fastlvm.evaluation.gates import check_split
 
     found = list(dict.fromkeys(load_gate(gate) for gate in gates))
     for gate in found:
-        check_split(gate, split)
+        check_split(gate, ALIASES.get(split, split))
     return found
 
 

@@ -27,7 +27,11 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, float | None]) -> Estimate:
-        return cls(raw["value"], raw["low"], raw["high"])
+        """Raises KeyError and TypeError for what `to_dict` does not give."""
+        figures = raw["value"], raw["low"], raw["high"]
+        if any(not (figure is None or isinstance(figure, (int, float))) for figure in figures):
+            raise TypeError(f"{figures} is no estimate")
+        return cls(*figures)
 
 
 class Bootstrap:

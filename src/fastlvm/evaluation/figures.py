@@ -37,8 +37,8 @@ def row(one: Outcome, payload: Payload, rows: np.ndarray, articles: np.ndarray, 
         ann=None if one.listed is None else _ann(one, one.listed, bootstrap),
         curve={
             "k": list(CURVE),
-            "excluded": [float(np.mean(one.ranks.excluded <= k)) for k in CURVE],
-            "included": None if reranked else [float(np.mean(one.ranks.included <= k)) for k in CURVE],
+            "excluded": recall_curve(one.ranks.excluded),
+            "included": None if reranked else recall_curve(one.ranks.included),
         },
         histogram=_histogram(one.ranks.excluded),
         impostors=None if one.impostors is None else _impostors(one, payload, rows),
@@ -61,6 +61,11 @@ def article_figures(payload: Payload, rows: np.ndarray, articles: np.ndarray) ->
     numbers, first, count = np.unique(articles, return_index=True, return_counts=True)
     titles = [payload.title(int(rows[at, -1])) for at in first]
     return {"number": numbers.tolist(), "title": titles, "windows": count.tolist()}
+
+
+def recall_curve(ranks: np.ndarray) -> list[float]:
+    """Shares of windows of rank k or better, for every k of `CURVE`."""
+    return [float(np.mean(ranks <= k)) for k in CURVE]
 
 
 def _means_by(articles: np.ndarray, hit: np.ndarray) -> np.ndarray:

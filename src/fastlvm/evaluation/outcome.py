@@ -88,20 +88,18 @@ class Store:
     def get(self, identity: str) -> list[Outcome] | None:
         """What was kept; None where nothing was, or what is there cannot be read."""
         path = self.path(identity)
-        return None if path is None or not path.is_file() else _read(path)
+        return None if path is None or not path.is_file() else _read(path, self._about)
 
 
-def read_all(folder: Path) -> dict[str, Outcome]:
-    """Every outcome a folder keeps, by the ranker's name."""
-    found: dict[str, Outcome] = {}
-    for path in sorted(folder.glob("*.npz")):
-        found |= {one.name: one for one in _read(path) or []}
-    return found
+def read_all(folder: Path, about: Mapping[str, Any]) -> list[Outcome]:
+    """Every outcome a folder keeps of evaluations that these entries are about, of whichever state of a model."""
+    return [one for path in sorted(folder.glob("*.npz")) for one in _read(path, about) or []]
 
 
 def _meta(one: Outcome) -> dict[str, Any]:
     listed = None if one.listed is None else {"about": one.listed.about, "k": one.listed.k}
-    return {**{name: getattr(one, name) for name in _TEXTS}, "findings": list(one.findings), "listed": listed}
+    there = {"findings": list(one.findings), "listed": listed, "impostors": one.impostors is not None}
+    return {**{name: getattr(one, name) for name in _TEXTS}, **there}
 
 
 def _arrays(one: Outcome) -> dict[str, np.ndarray]:
@@ -119,11 +117,12 @@ def _arrays(one: Outcome) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read(path: Path) -> list[Outcome] | None:
+def _read(path: Path, about: Mapping[str, Any]) -> list[Outcome] | None:
+    """None for a file that is about something else, or cannot be read."""
     try:
         with npz.Archive(path) as archive:
             meta = json.loads(str(archive.array("meta").reshape(-1)[0]))
-            if meta["format"] != _FORMAT:
+            if meta["format"] != _FORMAT or not about.items() <= meta["about"].items():
                 return None
             return [_outcome(archive, f"{at}.", one) for at, one in enumerate(meta["outcomes"])]
     except (InputError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
@@ -135,7 +134,7 @@ def _outcome(archive: npz.Archive, head: str, meta: Mapping[str, Any]) -> Outcom
         return archive.array(head + name)
 
     impostors = None
-    if f"{head}impostor_row" in archive:
+    if meta["impostors"]:
         impostors = Impostors(*(array(f"impostor_{name}") for name in Impostors._fields))
     listed = meta["listed"]
     return Outcome(

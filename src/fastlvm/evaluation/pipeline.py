@@ -84,7 +84,8 @@ def check_windows(payload: Payload, windows: Windows, split: str) -> Alignment:
     """What `windows.verify(payload)` finds. Raises IntegrityError as it does, InputError for an empty split."""
     alignment = windows.verify(payload)
     if len(windows.rows(split)) == 0:
-        raise InputError(f"the windows have none in split {split!r}: build them with a fraction for it")
+        which = "the windows" if windows.path is None else f"windows {windows.path}"
+        raise InputError(f"{which} have none in split {split!r}: build them with a fraction for it")
     return alignment
 
 

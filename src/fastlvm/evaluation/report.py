@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastlvm.errors import InputError, IntegrityError
+from fastlvm.errors import InputError, IntegrityError, brief, shown
 from fastlvm.evaluation.bootstrap import Estimate
 from fastlvm.evaluation.latency import Latency
 from fastlvm.evaluation.metrics import METRICS
-from fastlvm.files import read_json, write_json
+from fastlvm.files import Entries, read_json, whole_number, write_json, wrong_entry
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -20,6 +20,24 @@ if TYPE_CHECKING:
 FORMAT = "fastlvm-report"
 VERSION = 2
 
+_TEXT = ("a text", lambda value: isinstance(value, str))
+_PARTS: dict[str, Entries] = {
+    "payload": {**dict.fromkeys(("name", "id"), _TEXT), "rows": whole_number(1)},
+    "windows": {
+        **dict.fromkeys(("id", "split", "headline"), _TEXT),
+        **dict.fromkeys(("context", "total", "evaluated", "articles"), whole_number(1)),
+        "unanswerable": whole_number(0),
+    },
+    "alignment": {
+        "article_overlap": whole_number(0),
+        "random_pair_cosine": ("a number or null", lambda value: value is None or isinstance(value, float)),
+    },
+    "bootstrap": {
+        "unit": _TEXT,
+        **dict.fromkeys(("units", "resamples"), whole_number(1)),
+        "seed": whole_number(0),
+    },
+}
 
 HEADLINE = "context rows excluded"
 """What `excluded` figures leave out of the results; reports of another headline do not compare."""
@@ -55,7 +73,8 @@ class Row:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Row:
         fields: dict[str, Any] = {name: raw.get(name) for name in cls.__dataclass_fields__}
-        fields["excluded"] = raw["excluded"]
+        fields |= {name: str(raw[name]) for name in ("name", "kind", "space")}
+        fields["excluded"] = {**raw["excluded"], **{name: raw["excluded"][name] for name in METRICS}}
         for name in ("excluded", "included", "macro", "within_article"):
             fields[name] = None if fields[name] is None else _estimates(fields[name])
         if (ann := fields["ann"]) is not None:
@@ -146,10 +165,16 @@ class Report:
         raw = read_json(path)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") != VERSION:
             raise IntegrityError(f"{path} is not a report of this version of fastlvm: run fastlvm eval again")
+        for part, entries in _PARTS.items():
+            found = raw.get(part)
+            wrong = wrong_entry(found, entries) if isinstance(found, dict) else f"{part} is {shown(found)}"
+            if wrong:
+                raise IntegrityError(f"{path} lacks what a report holds ({wrong}): run fastlvm eval again")
         try:
             return cls.from_dict(raw)
-        except (KeyError, TypeError) as error:
-            raise IntegrityError(f"{path} lacks what a report holds ({error}): run fastlvm eval again") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            why = brief(error)
+            raise IntegrityError(f"{path} lacks what a report holds ({why}): run fastlvm eval again") from error
 
     def table(self) -> Group:
         """Tables for the terminal, of at most 120 columns."""

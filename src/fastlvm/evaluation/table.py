@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from fastlvm.evaluation.bootstrap import Estimate
-from fastlvm.evaluation.wording import basis, called, notes, of, rank, short, signed, space_words, verdict
+from fastlvm.evaluation.wording import basis, called, line, notes, of, rank, short, signed, space_words, verdict
 
 if TYPE_CHECKING:
     from fastlvm.evaluation.compare import Place
@@ -23,8 +24,8 @@ _MORE = ("MRR", "Contain@20", "macro R@5  (95 %)", "R@1", "R@5", "R@10")
 
 def render(report: Report) -> Group:
     """Title, what is wrong, the rankers, what differs from what, the index, latencies, and what the figures rest on."""
-    parts: list[Table | Text] = [Text(report.title(), style="bold")]
-    parts += [Text(f"{f['level']}: {f['sentence']}", style="bold red") for f in report.findings]
+    parts: list[Table | Text] = [Text(line(report.title()), style="bold")]
+    parts += [Text(line(f"{f['level']}: {f['sentence']}"), style="bold red") for f in report.findings]
     parts += [_rankers(report, "vectors alone", keys=False), _more(report)]
     if any(row.keys for row in report.rows):
         parts.append(_rankers(report, "with keys (next by key is the ceiling)", keys=True))
@@ -34,7 +35,7 @@ def render(report: Report) -> Group:
         parts.append(_indexes(report))
     if report.latency:
         parts.append(_latencies(report))
-    parts.append(Text("\n".join(notes(report)), style="dim"))
+    parts.append(Text("\n".join(map(line, notes(report))), style="dim"))
     return Group(*parts)
 
 
@@ -51,7 +52,7 @@ def leaderboard(report: Report, places: Sequence[Place]) -> Group:
         number += model
         table.add_row(
             f"{number}" if model else "",
-            place.name + (", uses keys" if place.row.keys else ""),
+            _plain(place.name + (", uses keys" if place.row.keys else "")),
             short(figures["R@1"]),
             _with_interval(figures["R@5"]),
             short(figures["R@10"]),
@@ -61,7 +62,7 @@ def leaderboard(report: Report, places: Sequence[Place]) -> Group:
             "–" if place.behind is None else signed(place.behind["R@5"]),
             style="bold" if model else "",
         )
-    return Group(Text(report.title(), style="bold"), table, Text("\n".join(basis(report)), style="dim"))
+    return Group(Text(line(report.title()), style="bold"), table, Text("\n".join(basis(report)), style="dim"))
 
 
 def _rankers(report: Report, title: str, *, keys: bool) -> Table:
@@ -76,7 +77,7 @@ def _rankers(report: Report, title: str, *, keys: bool) -> Table:
             continue
         figures = row.excluded
         table.add_row(
-            called(row),
+            _plain(called(row)),
             spaces[row.space],
             short(figures["R@1"]),
             _with_interval(figures["R@5"]),
@@ -104,7 +105,7 @@ def _more(report: Report) -> Table:
         if not row.keys:
             macro = row.macro or {}
             table.add_row(
-                called(row),
+                _plain(called(row)),
                 of(row.excluded, "MRR"),
                 of(row.excluded, "Contain@20"),
                 _with_interval(macro["R@5"]) if "R@5" in macro else "–",
@@ -123,7 +124,7 @@ def _differences(report: Report) -> Table:
     for difference in report.differences:
         five = difference.metrics["R@5"]
         table.add_row(
-            f"{difference.model} − {difference.baseline}",
+            _plain(f"{difference.model} − {difference.baseline}"),
             *(signed(difference.metrics[name]) for name in ("R@5", "Contain@50", "MRR@10")),
             " " + verdict(five),
         )
@@ -141,10 +142,10 @@ def _indexes(report: Report) -> Table:
             continue
         for metric, found in row.ann["metrics"].items():
             loss = row.ann["loss"][metric]
-            name = f"{row.name}, {row.ann['index']}: {metric}"
+            name = _plain(f"{row.name}, {row.ann['index']}: {metric}")
             table.add_row(name, short(found), short(row.excluded[metric]), signed(loss))
         targets = ", ".join(f"{name} {value:.3f}" for name, value in row.ann["target_recall"].items())
-        table.add_row(f"{row.name}: target as query, {targets}")
+        table.add_row(_plain(f"{row.name}: target as query, {targets}"))
     return table
 
 
@@ -156,12 +157,17 @@ def _latencies(report: Report) -> Table:
     for model, latency in report.latency.items():
         for stage, times in latency.stages.items():
             figures = (f"{value:.2f}" for value in (times.p50, times.p95, times.p99, times.mean))
-            table.add_row(f"{model}: {stage}", *figures)
+            table.add_row(_plain(f"{model}: {stage}"), *figures)
     return table
 
 
 def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+
+
+def _plain(name: str) -> str:
+    """A name that rich prints as it is."""
+    return escape(line(name))
 
 
 def _bare(value: float) -> str:

@@ -330,6 +330,11 @@ class Index:
         return self._rows.total
 
     @property
+    def added(self) -> int:
+        """Rows that came to the payload's later, those that are gone among them: the last ids."""
+        return self._rows.total - self._rows.base
+
+    @property
     def payload_id(self) -> str:
         return self._meta.payload_id
 
