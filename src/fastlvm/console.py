@@ -20,6 +20,7 @@ from fastlvm.errors import FastlvmError, InputError
 if TYPE_CHECKING:
     import numpy as np
     from rich.progress import TaskID
+    from typing_extensions import Self
 
     from fastlvm.evaluation import Verdict
     from fastlvm.evaluation.latency import Latency
@@ -154,32 +155,39 @@ def parse_settings(pairs: list[str], taken: Collection[str]) -> dict[str, Any]:
     return settings
 
 
-class TrainingBar:
-    """Draws what the trainer reports: on a terminal a bar for the epoch under way, and a line for each one done."""
+class _Bar:
+    """A progress bar on the error stream, drawn on a terminal alone; `column` is how it counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, column: str) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            getattr(progress, column)(),
+            progress.TimeRemainingColumn(),
             console=Console(stderr=True, highlight=False),
             transient=True,
             disable=not sys.stderr.isatty(),
         )
         self._task: TaskID | None = None
-        self._epoch = -1
 
-    def __enter__(self) -> TrainingBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class TrainingBar(_Bar):
+    """Draws what the trainer reports: on a terminal a bar for the epoch under way, and a line for each one done."""
+
+    def __init__(self) -> None:
+        super().__init__("MofNCompleteColumn")
+        self._epoch = -1
 
     def __call__(
         self,
@@ -211,31 +219,11 @@ class TrainingBar:
         self._bar.update(self._task, completed=step)
 
 
-class RankingBar:
+class RankingBar(_Bar):
     """Says what an evaluation is about to do and, on a terminal, draws how much of it is done."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> RankingBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__("TaskProgressColumn")
 
     def say(self, text: str) -> None:
         if self._task is not None:
