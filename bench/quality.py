@@ -24,8 +24,8 @@ from safetensors import safe_open
 
 import fastlvm
 from fastlvm import workflow
-from fastlvm.evaluation import Report
 from fastlvm.evaluation.latency import machine
+from fastlvm.evaluation.report import title
 from fastlvm.files import atomic_file, read_json, write_json
 from fastlvm.models import names
 from fastlvm.training import TrainOptions
@@ -134,19 +134,20 @@ def _parameters(path: Path) -> int:
 
 def markdown(data: dict[str, Any]) -> str:
     """Models and baselines, the best first; then what was trained with several seeds."""
-    report, rows = Report.from_dict(data["report"]), []
-    for row in sorted(report.rows, key=lambda row: -(row.excluded["R@5"].value or 0)):
-        run = data["runs"].get(row.name)
-        own = [_shown(row.excluded[metric].value) for metric in SHOWN]
+    report, rows = data["report"], []
+    figures, gains = _figures(report), _gains(report)
+    for name in sorted(figures, key=lambda name: -(figures[name]["R@5"] or 0)):
+        run = data["runs"].get(name)
+        own = [_shown(figures[name][metric]) for metric in SHOWN]
         if run is None:
-            rows.append((f"*{row.name}*", *own, *[""] * 5))
+            rows.append((f"*{name}*", *own, *[""] * 5))
             continue
-        gain = report.difference(row.name, "whitened mixture").metrics["R@5"]
+        gain = gains[name]
         rows.append(
             (
-                row.name,
+                name,
                 *own,
-                f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]",
+                f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]",
                 f"{run['parameters']:,}",
                 str(run["best_epoch"]),
                 f"{run['r5']:.4f} ({run['start_r5']:.4f})",
@@ -163,25 +164,41 @@ def markdown(data: dict[str, Any]) -> str:
         "among unseen articles",
     )
     options = ", ".join(f"{key} {value}" for key, value in data["options"].items())
-    about = f"{report.title()}; {data['machine']}; {data['date']}. Options: {options}. Baselines in italics."
+    of = title(report["payload"], report["windows"])
+    about = f"{of}; {data['machine']}; {data['date']}. Options: {options}. Baselines in italics."
     parts = [about, section("Test", heads, rows)]
     if several := _seeds(report, data["runs"]):
         parts.append(section("Seeds", ("", "runs", *SEEDED, "R@5 over the whitened mixture"), several))
     return "\n\n".join(parts) + "\n"
 
 
-def _seeds(report: Report, runs: dict[str, Any]) -> list[tuple[str, ...]]:
+def _figures(report: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The figures of each model and baseline, context rows excluded; reports of version 1 are among what is stored."""
+    return {
+        ranker["name"]: {metric: ranker["excluded"][metric]["value"] for metric in SHOWN}
+        for ranker in report["rankers"]
+        if ranker["kind"] in ("model", "baseline")
+    }
+
+
+def _gains(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """R@5 of each model over the whitened mixture: value, low and high."""
+    differences = (one for one in report["differences"] if one["baseline"] == "whitened mixture")
+    return {one["model"]: one["metrics"]["R@5"] for one in differences}
+
+
+def _seeds(report: dict[str, Any], runs: dict[str, Any]) -> list[tuple[str, ...]]:
     """Mean and standard deviation over seeds, of models that have several."""
     groups: dict[str, list[str]] = {}
     for called in runs:
         groups.setdefault(called.partition(", seed")[0], []).append(called)
-    values = {row.name: row.excluded for row in report.rows}
+    values, gains = _figures(report), _gains(report)
     found = []
     for group, several in groups.items():
         if len(several) == 1:
             continue
-        columns = [[values[called][metric].value for called in several] for metric in SEEDED]
-        columns.append([report.difference(called, "whitened mixture").metrics["R@5"].value for called in several])
+        columns = [[values[called][metric] for called in several] for metric in SEEDED]
+        columns.append([gains[called]["value"] for called in several])
         cells = [f"{np.mean(column):.4f} ± {np.std(column, ddof=1):.4f}" for column in columns]
         found.append((group, str(len(several)), *cells))
     return found
@@ -194,7 +211,8 @@ def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     report. Another processor rounds otherwise, which moves a mean cosine in its last digits.
     """
     old, new = stored["report"], data["report"]
-    same = all(old[part] == new[part] for part in ("payload", "windows", "bootstrap"))
+    parts = ("payload", "windows", "bootstrap")
+    same = all(new[part].get(entry) == value for part in parts for entry, value in old[part].items())
     if not same or not _alike(_baselines(old), _baselines(new)):
         raise SystemExit(f"the stored result of {stored['corpus']} is of other windows or baselines: judge every run")
     rankers = [ranker for ranker in old["rankers"] if ranker["name"] in stored["runs"].keys() - data["runs"].keys()]
@@ -211,12 +229,8 @@ def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _baselines(report: dict[str, Any]) -> dict[str, list[float | None]]:
-    """The figures of each baseline, context rows excluded."""
-    return {
-        ranker["name"]: [ranker["excluded"][metric]["value"] for metric in SHOWN]
-        for ranker in report["rankers"]
-        if ranker["kind"] == "baseline"
-    }
+    names = {ranker["name"] for ranker in report["rankers"] if ranker["kind"] == "baseline"}
+    return {name: list(figures.values()) for name, figures in _figures(report).items() if name in names}
 
 
 def _alike(old: dict[str, list[float | None]], new: dict[str, list[float | None]]) -> bool:

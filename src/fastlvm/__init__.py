@@ -32,7 +32,7 @@ _HOME = {
     "IntegrityError": "fastlvm.errors",
     "GateError": "fastlvm.errors",
 }
-_MODULES = ("models", "ops", "data", "retrieval", "training", "evaluation", "predictor", "errors")
+_MODULES = ("models", "ops", "data", "retrieval", "training", "evaluation", "predictor", "compat", "errors")
 
 __all__ = [*_HOME, "models"]
 

@@ -91,6 +91,14 @@ class Difference:
     metrics: Mapping[str, Estimate]
 
 
+def title(payload: Mapping[str, Any], windows: Mapping[str, Any]) -> str:
+    """What a report with these entries measured, in one line."""
+    return (
+        f"Next-chunk retrieval, {payload['name']}: {windows['evaluated']:,} {windows['split']} windows "
+        f"of {windows['articles']:,} articles, pool of {payload['rows']:,} chunks"
+    )
+
+
 @dataclass(frozen=True)
 class Report:
     """What `evaluate` found. `latency` may be filled in afterwards, by model name."""
@@ -119,11 +127,7 @@ class Report:
 
     def title(self) -> str:
         """What was measured, in one line."""
-        w, p = self.windows, self.payload
-        return (
-            f"Next-chunk retrieval, {p['name']}: {w['evaluated']:,} {w['split']} windows "
-            f"of {w['articles']:,} articles, pool of {p['rows']:,} chunks"
-        )
+        return title(self.payload, self.windows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without NaN or infinity: an undefined figure is null."""

@@ -1,0 +1,182 @@
+"""fastlvm's ops inside the state-space models of transformers.
+
+From 5.16 on, transformers keeps what is slow about these models in a few functions of every `modeling_*` module, and
+its mixers look them up there at every call. `patch_transformers` puts other functions in their place; models, caches
+and weights stay transformers' own. A function is replaced only where its source is the one fastlvm was tested against.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+
+from fastlvm.compat.transformers import _source
+from fastlvm.errors import InputError
+
+__all__ = ["MODELS", "Patch", "TESTED", "patch_transformers", "unpatch_transformers"]
+
+TESTED = ("5.16.1", "5.20.2", "5.22.2", "5.23.0", "5.24.0")
+
+_CONV = ("causal_conv1d_fn", "causal_conv1d_update")
+_SSM = (*_CONV, "mamba_selective_scan", "mamba_selective_state_update")
+_SSD = (*_CONV, "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "mamba2_selective_state_update")
+_MIXERS = {  # name in transformers.models -> its mixer and the functions that calls
+    "mamba": ("MambaMixer", (*_SSM, "mamba_inner_fn")),
+    "falcon_mamba": ("FalconMambaMixer", (*_SSM, "mamba_inner_fn")),
+    "jamba": ("JambaMambaMixer", _SSM),
+    "mamba2": ("Mamba2Mixer", _SSD),
+    "bamba": ("BambaMixer", _SSD),
+    "zamba2": ("Zamba2MambaMixer", _SSD),
+    "falcon_h1": ("FalconH1Mixer", _SSD),
+}
+MODELS = tuple(_MIXERS)
+
+_ORIGINAL = "_fastlvm_original"  # the attribute that marks a function of ours and holds the one it stands for
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What `patch_transformers` did; as a context manager, leaving it takes back what that call changed.
+
+    Attributes:
+        patched: models that run on fastlvm now, those patched before included.
+        refused: model -> why it is left as it was.
+    """
+
+    patched: tuple[str, ...]
+    refused: dict[str, str]
+    _changed: tuple[str, ...] = field(repr=False)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unpatch_transformers(self._changed)
+
+
+def patch_transformers(models: str | Iterable[str] | None = None, *, strict: bool = False) -> Patch:
+    """Let models of transformers compute their convolutions and scans with fastlvm, on CPUs and GPUs.
+
+    Prefill, decoding and training of every model of these classes change, loaded before or after; calling it again
+    changes nothing. A model whose internals are not known, as in a version older or newer than those of `TESTED`, is
+    left as it is, and a warning says so.
+
+    Args:
+        models: names out of `MODELS`, as transformers' folders are called; all that the installed version has if None.
+        strict: raise instead of warning, and patch none.
+
+    Raises:
+        InputError: transformers is not installed, a name is not known or, with `strict`, a model is not patched.
+    """
+    version = _version()
+    refused = {}
+    modules = {}
+    for model in _asked(models):
+        module = _module(model)
+        if module is None:
+            if models is not None:
+                refused[model] = f"{model} of transformers {version} is not patched: this version has no such model"
+            continue
+        modules[model] = module
+        reason = _refusal(model, module)
+        if reason is not None:
+            refused[model] = f"{model} of transformers {version} is not patched: {reason}; {_advice()}"
+    if strict and refused:
+        raise InputError("; ".join(refused.values()))
+    for reason in refused.values():
+        warnings.warn(reason, stacklevel=2)
+    patched = {model: module for model, module in modules.items() if model not in refused}
+    changed = tuple(model for model, module in patched.items() if _patch(model, module))
+    return Patch(tuple(patched), refused, changed)
+
+
+def unpatch_transformers(models: str | Iterable[str] | None = None) -> None:
+    """Put transformers' own functions back, in the models named or in all; those not patched are left alone.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    for model in _asked(models):
+        module = sys.modules.get(_path(model))
+        for name in _MIXERS[model][1] if module is not None else ():
+            original = getattr(getattr(module, name, None), _ORIGINAL, None)
+            if original is not None:
+                setattr(module, name, original)
+
+
+def _asked(models: str | Iterable[str] | None) -> tuple[str, ...]:
+    if models is None:
+        return MODELS
+    names = (models,) if isinstance(models, str) else tuple(dict.fromkeys(models))
+    for name in names:
+        if name not in _MIXERS:
+            raise InputError(f"models: got {name!r}, wants names out of {', '.join(MODELS)}")
+    return names
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            "patch_transformers: transformers is not installed; pip install 'transformers>=5.16'"
+        ) from None
+
+
+def _path(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}"
+
+
+def _module(model: str) -> ModuleType | None:
+    path = _path(model)
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is not None and path.startswith(error.name) and error.name != "transformers":
+            return None
+        raise
+
+
+def _refusal(model: str, module: ModuleType) -> str | None:
+    """Why this module cannot be patched; None where it can."""
+    mixer, functions = _MIXERS[model]
+    source = _source.read(module)
+    if source is None:
+        return f"the source of {module.__name__} cannot be read"
+    for name in functions:
+        print_ = source.functions.get(name)
+        if print_ is None or not callable(getattr(module, name, None)):
+            return f"{module.__name__} has no function {name}"
+        if print_ not in _source.KNOWN[name]:
+            return f"{name} of {module.__name__} is not the one fastlvm replaces"
+        if name not in source.called.get(mixer, ()):
+            return f"{mixer}.forward does not call {name}"
+    return None
+
+
+def _advice() -> str:
+    return f"use transformers {TESTED[0]} to {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
+
+
+def _patch(model: str, module: ModuleType) -> bool:
+    """Replace the functions that are not replaced yet; True if there were any."""
+    from fastlvm.compat.transformers import _functions
+
+    changed = False
+    for name in _MIXERS[model][1]:
+        original = getattr(module, name)
+        if hasattr(original, _ORIGINAL):
+            continue
+        replacement = _functions.REPLACEMENTS[name](original)
+        replacement.__name__ = name
+        setattr(replacement, _ORIGINAL, original)
+        setattr(module, name, replacement)
+        changed = True
+    return changed
