@@ -10,18 +10,24 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 TRITON := "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 OUT ?= demo
 BENCH ?=
+CONFORMANCE ?=
 CASES ?= 10000
 ASAN := build/asan-ext
 NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-gpu test-sanitize test-arm fuzz fuzz-load bench bench-gpu lint format wheel clean
+.PHONY: demo test conformance test-gpu test-sanitize test-arm fuzz fuzz-load bench bench-gpu lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The own test files of mamba and causal-conv1d, of checkouts at PEERS, against fastlvm in the packages' place.
+# CONFORMANCE="-k state_update --limit 300" runs a part.
+conformance: $(READY)
+	$(BIN)/python tests/conformance/peers.py $(PEERS) $(CONFORMANCE)
 
 # The kernels in Triton, on a GPU; `make test` interprets them on the CPU.
 test-gpu: $(READY)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import drop_in_table
 import fastlvm
 import forward_table
 import gate_table
@@ -29,6 +30,7 @@ LINES = pytest.StashKey[list[str]]()
 RESULTS = pytest.StashKey[Results]()
 FORWARD = pytest.StashKey[ForwardResults]()
 GATE = pytest.StashKey[GateResults]()
+DROP_IN = pytest.StashKey[drop_in_table.DropIn]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = Results(plan, threads)
     config.stash[FORWARD] = ForwardResults(plan, threads)
     config.stash[GATE] = GateResults(plan, threads)
+    config.stash[DROP_IN] = drop_in_table.DropIn(plan, threads)
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +87,11 @@ def forward_results(request: pytest.FixtureRequest) -> ForwardResults:
 @pytest.fixture(scope="session")
 def gate_results(request: pytest.FixtureRequest) -> GateResults:
     return request.config.stash[GATE]
+
+
+@pytest.fixture(scope="session")
+def drop_in(request: pytest.FixtureRequest) -> drop_in_table.DropIn:
+    return request.config.stash[DROP_IN]
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +125,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     _keep(terminalreporter, "kernels", config.stash[RESULTS], table.markdown, folder)
     _keep(terminalreporter, "forward", config.stash[FORWARD], forward_table.markdown, folder)
     _keep(terminalreporter, "gate", config.stash[GATE], gate_table.markdown, folder)
+    _keep(terminalreporter, "drop-in", config.stash[DROP_IN], drop_in_table.markdown, folder)
     if config.stash[LINES]:
         terminalreporter.section("InfoNCE, milliseconds a call: median (10 % to 90 %), rounds")
     for line in config.stash[LINES]:
@@ -136,7 +145,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _keep(
     terminalreporter: Any,
     title: str,
-    results: Results | ForwardResults | GateResults,
+    results: Results | ForwardResults | GateResults | drop_in_table.DropIn,
     markdown: Callable[[dict[str, Any]], str],
     folder: Path | None,
 ) -> None:

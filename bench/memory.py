@@ -2,6 +2,7 @@
 
     python bench/memory.py BATCH CHANNELS LENGTH STATE THREADS      the backward of ssm_scan
     python bench/memory.py LOSS ROWS DIM DTYPE THREADS              forward and backward of a loss of nce_losses.py
+    python bench/memory.py training NAME DTYPE THREADS      a training step of drop_in_cases.py
 
 The peak of the resident set (VmHWM, set back to the present by /proc/self/clear_refs) during the pass, less the
 resident set before it, when the inputs (and for a backward the output) are there and the pages the allocator holds have
@@ -34,6 +35,11 @@ def measure(case: Scan, threads: int) -> dict[str, Any]:
 def of_loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
     """extra in bytes, over the inputs; or the reason why there is none."""
     return _in_a_process(name, case.rows, case.dim, str(case.dtype).removeprefix("torch."), threads)
+
+
+def of_training(name: str, dtype: str, threads: int) -> dict[str, Any]:
+    """extra in bytes, over the weights; the gradients are part of it."""
+    return _in_a_process("training", name, dtype, threads)
 
 
 def too_large(wanted: float) -> str | None:
@@ -91,6 +97,22 @@ def _loss(name: str, case: Nce, threads: int) -> dict[str, Any]:
     return {"extra": 1024 * max(0, _kilobytes("VmHWM") - before)}
 
 
+def _training(name: str, dtype: str, threads: int) -> dict[str, Any]:
+    import drop_in_cases
+    import fastlvm
+
+    torch.set_num_threads(threads)
+    fastlvm.set_num_threads(threads)
+    if name == drop_in_cases.PATCHED:
+        drop_in_cases.patch()
+    call = drop_in_cases.call_of(drop_in_cases.STEP, name, drop_in_cases.DTYPES[dtype])
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")
+    before = _kilobytes("VmRSS")
+    call()
+    return {"extra": 1024 * max(0, _kilobytes("VmHWM") - before)}
+
+
 def _kilobytes(field: str) -> int:
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
@@ -100,6 +122,8 @@ if __name__ == "__main__":
     *given, threads = sys.argv[1:]
     if given[0].isdigit():
         found = _backward(Scan(*map(int, given), gradient=True), int(threads))
+    elif given[0] == "training":
+        found = _training(given[1], given[2], int(threads))
     else:
         name, rows, dim, dtype = given
         found = _loss(name, Nce(int(rows), int(dim), getattr(torch, dtype)), int(threads))

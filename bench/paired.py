@@ -53,12 +53,13 @@ class Contender:
     isa: str
     expected: float = 0.0
     decisive: bool = False  # a target hangs on it
+    prepare: Callable[[], None] | None = None  # called before its calls of a round, and not timed
     seconds: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds of the call after everybody else's, of every round
 
     def pin(self, warm: int = 1) -> None:
         """Give torch and the kernels this contender's threads and instruction set, and let the caches warm up."""
-        pin(self.threads, self.isa)
+        self._pin()
         time.sleep(_SETTLE)
         if self.expected < _LONG:
             start = time.perf_counter()
@@ -70,7 +71,7 @@ class Contender:
 
     def trial(self) -> Any:
         """One call for its result, which also says what to expect of the next one."""
-        pin(self.threads, self.isa)
+        self._pin()
         start = time.perf_counter()
         result = self.call()
         self.expected = time.perf_counter() - start
@@ -80,6 +81,11 @@ class Contender:
         """A round."""
         self.pin(plan.warm)
         self.seconds += [self._timed() for _ in range(plan.burst)]
+
+    def _pin(self) -> None:
+        pin(self.threads, self.isa)
+        if self.prepare is not None:
+            self.prepare()
 
     def _timed(self) -> float:
         start = time.perf_counter()

@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ssm_step(m);
   bind_causal_conv1d_step(m);
   bind_ssd_step(m);
+  bind_mamba_step(m);
 
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("get_num_threads", &get_num_threads);

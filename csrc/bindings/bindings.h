@@ -28,6 +28,7 @@ void bind_searcher(py::module_& m);
 void bind_ssm_step(py::module_& m);
 void bind_causal_conv1d_step(py::module_& m);
 void bind_ssd_step(py::module_& m);
+void bind_mamba_step(py::module_& m);
 
 // Calls a kernel without the GIL. A daemon thread that is still computing when the interpreter ends cannot have the GIL
 // back: CPython before 3.14 then ends the thread by unwinding its stack, which a destructor (py::gil_scoped_release)

@@ -39,6 +39,13 @@ FASTLVM_INLINE void prefetch([[maybe_unused]] const void* p) {
 #endif
 }
 
+// Fetches a line into the first cache.
+FASTLVM_INLINE void prefetch_near([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 3);
+#endif
+}
+
 // While one lives, results too small for a normal number become zero on this thread. A state that decays without new
 // input would stop at some subnormal number for good, and every step with it takes the slow path of the processor. Not
 // for vectors whose fma rounds twice: h + p h would stop where p h becomes zero.

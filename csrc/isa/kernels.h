@@ -5,6 +5,7 @@
 #include "ops/causal_conv1d_bwd.h"
 #include "ops/causal_conv1d_step.h"
 #include "ops/info_nce.h"
+#include "ops/mamba_step.h"
 #include "ops/ssd_scan.h"
 #include "ops/ssd_scan_bwd.h"
 #include "ops/ssd_step.h"
@@ -61,6 +62,10 @@ inline void ssd_step(const SsdStep& args) {
   args.float64 ? ssd_one::forward<Double>(args) : ssd_one::forward<Vec>(args);
 }
 
+inline void mamba_step(const MambaStep& args) {
+  args.float64 ? mamba_one::Block<Double>(args).run() : mamba_one::Block<Vec>(args).run();
+}
+
 inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA),
                                     ssm_scan,
                                     ssm_scan_bwd,
@@ -73,6 +78,7 @@ inline constexpr Kernels kernels = {FASTLVM_TEXT(FASTLVM_ISA),
                                     ssm_step,
                                     causal_conv1d_step,
                                     ssd_step,
+                                    mamba_step,
                                     predict::forward,
                                     {{&product::fp32, &product::bf16, &product::int8}},
                                     search::kernels};

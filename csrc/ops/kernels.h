@@ -119,6 +119,25 @@ struct SsdStep {
   TensorView D;           // [h] or [h, p]
 };
 
+// One token of a Mamba block: (x, z) = in_proj x, CausalConv1dStep with SiLU on x, (δ, B, C) = x_proj x, each over its
+// root mean square and times its norm where that is given, SsmStep with δ = softplus(dt_proj δ + dt_bias) and
+// A = -exp(A_log), out_proj.
+struct MambaStep {
+  int64_t batch, model, dim, state_size, rank, width, length;  // b, M, D, N, R, W, and the inputs conv_state holds
+  bool float64;
+  double norm_eps;
+  TensorView x, out;                   // [b, M]
+  TensorView conv_state;               // [b, D, length]
+  TensorView ssm_state;                // [b, D, N]
+  TensorView in_proj, in_bias;         // [2 D, M], [2 D]
+  TensorView conv_weight, conv_bias;   // [D, W], [D]
+  TensorView x_proj;                   // [R + 2 N, D]
+  TensorView dt_norm, B_norm, C_norm;  // [R], [N], [N]
+  TensorView dt_proj, dt_bias;         // [D, R], [D]
+  TensorView A_log, D;                 // [D, N], [D]
+  TensorView out_proj, out_bias;       // [M, D], [M]
+};
+
 // loss_i = log Σ_j exp(scale q_i·k_j) - scale q_i·k_i, over the keys j that are not left out of query i's sum; key i
 // never is. Symmetric: the mean of that and of the same with queries and keys changing places.
 struct InfoNce {
@@ -161,6 +180,7 @@ struct Kernels {
   void (*ssm_step)(const SsmStep&);
   void (*causal_conv1d_step)(const CausalConv1dStep&);
   void (*ssd_step)(const SsdStep&);
+  void (*mamba_step)(const MambaStep&);
   void (*predict)(const Prediction&);
   Products products;  // of this instruction set alone
   SearchKernels search;

@@ -17,6 +17,7 @@ _HOME = {
     "ssm_step": "fastlvm.ops",
     "causal_conv1d_step": "fastlvm.ops",
     "ssd_step": "fastlvm.ops",
+    "mamba_step": "fastlvm.ops",
     "info_nce": "fastlvm.ops",
     "explain": "fastlvm.ops",
     "set_num_threads": "fastlvm.ops",

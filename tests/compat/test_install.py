@@ -16,10 +16,13 @@ from fastlvm import compat
 FAKE = "ours = False\n__version__ = '0.0'\n"
 BELOW = ("mamba_ssm", "causal_conv1d")
 PLACES = {
-    "mamba_ssm": ["selective_scan_fn", "mamba_inner_fn", "Mamba", "Mamba2"],
+    "mamba_ssm": ["selective_scan_fn", "mamba_inner_fn", "Mamba", "Mamba2", "MambaLMHeadModel"],
+    "mamba_ssm.models.config_mamba": ["MambaConfig"],
+    "mamba_ssm.models.mixer_seq_simple": ["MambaConfig", "MambaLMHeadModel", "MixerModel", "create_block"],
     "mamba_ssm.modules.block": ["Block"],
     "mamba_ssm.modules.mamba2": ["Mamba2"],
     "mamba_ssm.modules.mamba_simple": ["Mamba"],
+    "mamba_ssm.modules.mlp": ["GatedMLP"],
     "mamba_ssm.ops.selective_scan_interface": [
         "selective_scan_fn",
         "selective_scan_ref",
@@ -27,10 +30,20 @@ PLACES = {
         "mamba_inner_ref",
     ],
     "mamba_ssm.ops.triton.layer_norm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
-    "mamba_ssm.ops.triton.layernorm_gated": ["RMSNorm", "rmsnorm_fn"],
+    "mamba_ssm.ops.triton.layernorm_gated": ["LayerNorm", "RMSNorm", "layernorm_fn", "rmsnorm_fn"],
     "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update"],
     "mamba_ssm.ops.triton.ssd_combined": ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"],
-    "mamba_ssm.utils.generation": ["InferenceParams"],
+    "mamba_ssm.utils.generation": [
+        "GenerationMixin",
+        "InferenceParams",
+        "decode",
+        "modify_logit_for_repetition_penalty",
+        "modify_logits_for_min_p_filtering",
+        "modify_logits_for_top_k_filtering",
+        "modify_logits_for_top_p_filtering",
+        "sample",
+    ],
+    "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
     "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update"],
     "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_update"],
     "causal_conv1d.causal_conv1d_varlen": ["causal_conv1d_varlen_states"],
@@ -71,7 +84,7 @@ def test_every_module_of_the_originals_gives_fastlvms_names(place):
         assert importlib.util.find_spec(place) is not None
         module = importlib.import_module(place)
         for name in PLACES[place]:
-            ours = "RMSNormGated" if (place.endswith("layernorm_gated") and name == "RMSNorm") else name
+            ours = f"{name}Gated" if (place.endswith("layernorm_gated") and name.endswith("Norm")) else name
             assert getattr(module, name) is getattr(home, ours)
 
 
@@ -95,8 +108,8 @@ def test_the_version_tells_the_api_and_whose_code_it_is():
 def test_a_module_that_is_not_here_is_not_found():
     with compat.installed(force=True):
         assert importlib.util.find_spec("mamba_ssm.ops.tilelang") is None
-        with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.models"):
-            importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+        with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.modules\.mha"):
+            importlib.import_module("mamba_ssm.modules.mha")
 
 
 @pytest.mark.skipif(any(map(importlib.util.find_spec, BELOW)), reason="an original is installed")

@@ -21,6 +21,14 @@ INNER += [("delta_softplus", True)]
 NORM = [("x", REQUIRED), ("weight", REQUIRED), ("bias", REQUIRED), ("residual", None), ("x1", None), ("weight1", None)]
 NORM += [("bias1", None), ("eps", 1e-6), ("dropout_p", 0.0), ("rowscale", None), ("prenorm", False)]
 NORM += [("residual_in_fp32", False)]
+LAYERS = [("ssm_cfg", None), ("attn_layer_idx", None), ("attn_cfg", None), ("norm_epsilon", 1e-5), ("rms_norm", False)]
+FACTORY = [("device", None), ("dtype", None)]
+GATED_NORM = [("x", REQUIRED), ("weight", REQUIRED), ("bias", REQUIRED), ("z", None), ("eps", 1e-6)]
+GATED_NORM += [("group_size", None), ("norm_before_gate", True)]
+GATED = [("hidden_size", REQUIRED), ("eps", 1e-5), ("group_size", None), ("norm_before_gate", True), *FACTORY]
+CHOICE = [("top_k", 1), ("top_p", 0.0), ("min_p", 0.0), ("temperature", 1.0)]
+DECODE = [*CHOICE, ("repetition_penalty", 1.0), ("eos_token_id", None), ("teacher_outputs", None)]
+DECODE += [("vocab_size", None), ("cg", False), ("enable_timing", False), ("output_scores", False), ("streamer", None)]
 FUNCTIONS = {
     mamba_ssm.selective_scan_fn: SCAN,
     mamba_ssm.selective_scan_ref: SCAN,
@@ -67,15 +75,8 @@ FUNCTIONS = {
     ],
     mamba_ssm.layer_norm_fn: [*NORM, ("is_rms_norm", False), ("return_dropout_mask", False)],
     mamba_ssm.rms_norm_fn: [*NORM, ("return_dropout_mask", False)],
-    mamba_ssm.rmsnorm_fn: [
-        ("x", REQUIRED),
-        ("weight", REQUIRED),
-        ("bias", REQUIRED),
-        ("z", None),
-        ("eps", 1e-6),
-        ("group_size", None),
-        ("norm_before_gate", True),
-    ],
+    mamba_ssm.layernorm_fn: [*GATED_NORM, ("is_rms_norm", False)],
+    mamba_ssm.rmsnorm_fn: GATED_NORM,
     mamba_ssm.RMSNorm: [
         ("hidden_size", REQUIRED),
         ("eps", 1e-5),
@@ -90,14 +91,9 @@ FUNCTIONS = {
         ("prenorm", False),
         ("residual_in_fp32", False),
     ],
-    mamba_ssm.RMSNormGated: [
-        ("hidden_size", REQUIRED),
-        ("eps", 1e-5),
-        ("group_size", None),
-        ("norm_before_gate", True),
-        ("device", None),
-        ("dtype", None),
-    ],
+    mamba_ssm.LayerNormGated: GATED,
+    mamba_ssm.LayerNormGated.forward: [("self", REQUIRED), ("x", REQUIRED), ("z", None)],
+    mamba_ssm.RMSNormGated: GATED,
     mamba_ssm.RMSNormGated.forward: [("self", REQUIRED), ("x", REQUIRED), ("z", None)],
     mamba_ssm.Mamba: [
         ("d_model", REQUIRED),
@@ -161,6 +157,46 @@ FUNCTIONS = {
         ("fused_add_norm", False),
         ("residual_in_fp32", False),
     ],
+    mamba_ssm.GatedMLP: [
+        ("in_features", REQUIRED),
+        ("hidden_features", None),
+        ("out_features", None),
+        ("activation", nn.functional.silu),
+        ("bias", False),
+        ("multiple_of", 128),
+        *FACTORY,
+    ],
+    mamba_ssm.create_block: [
+        ("d_model", REQUIRED),
+        ("d_intermediate", REQUIRED),
+        *LAYERS,
+        ("residual_in_fp32", False),
+        ("fused_add_norm", False),
+        ("layer_idx", None),
+        *FACTORY,
+    ],
+    mamba_ssm.MixerModel: [
+        *[(name, REQUIRED) for name in ("d_model", "n_layer", "d_intermediate", "vocab_size")],
+        *LAYERS,
+        ("initializer_cfg", None),
+        ("fused_add_norm", False),
+        ("residual_in_fp32", False),
+        *FACTORY,
+    ],
+    mamba_ssm.MambaLMHeadModel: [("config", REQUIRED), ("initializer_cfg", None), *FACTORY],
+    mamba_ssm.MambaLMHeadModel.save_pretrained: [("self", REQUIRED), ("save_directory", REQUIRED)],
+    mamba_ssm.load_config_hf: [("model_name", REQUIRED)],
+    mamba_ssm.load_state_dict_hf: [("model_name", REQUIRED), *FACTORY],
+    mamba_ssm.sample: [("logits", REQUIRED), *CHOICE],
+    mamba_ssm.decode: [("input_ids", REQUIRED), ("model", REQUIRED), ("max_length", REQUIRED), *DECODE],
+    mamba_ssm.modify_logits_for_top_k_filtering: [("logits", REQUIRED), ("top_k", REQUIRED)],
+    mamba_ssm.modify_logits_for_top_p_filtering: [("logits", REQUIRED), ("top_p", REQUIRED)],
+    mamba_ssm.modify_logits_for_min_p_filtering: [("logits", REQUIRED), ("min_p", REQUIRED)],
+    mamba_ssm.modify_logit_for_repetition_penalty: [
+        ("logits", REQUIRED),
+        ("prev_output_tokens", REQUIRED),
+        ("repetition_penalty", 1.0),
+    ],
     causal_conv1d.causal_conv1d_fn: [
         ("x", REQUIRED),
         ("weight", REQUIRED),
@@ -193,12 +229,51 @@ def test_the_signature_is_the_originals(function):
     assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
-@pytest.mark.parametrize("kind", [mamba_ssm.Mamba, mamba_ssm.Mamba2, mamba_ssm.Block], ids=lambda k: k.__name__)
+MODULES = [mamba_ssm.Mamba, mamba_ssm.Mamba2, mamba_ssm.Block, mamba_ssm.MixerModel, mamba_ssm.MambaLMHeadModel]
+
+
+@pytest.mark.parametrize("kind", [*MODULES, mamba_ssm.GenerationMixin], ids=lambda k: k.__name__)
 def test_caches_are_allocated_with_the_originals_arguments(kind):
     signature = inspect.signature(kind.allocate_inference_cache)
     assert str(signature.replace(return_annotation=inspect.Signature.empty)).replace("'", "") == (
         "(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any)"
     )
+
+
+OPEN = {  # those that hand on what they do not know
+    mamba_ssm.MixerModel.forward: [("self", REQUIRED), ("input_ids", REQUIRED), ("inference_params", None)],
+    mamba_ssm.MambaLMHeadModel.forward: [
+        ("self", REQUIRED),
+        ("input_ids", REQUIRED),
+        ("position_ids", None),
+        ("inference_params", None),
+        ("num_last_tokens", 0),
+    ],
+    mamba_ssm.MambaLMHeadModel.from_pretrained: [("pretrained_model_name", REQUIRED), *FACTORY],
+    mamba_ssm.GenerationMixin.generate: [
+        ("self", REQUIRED),
+        ("input_ids", REQUIRED),
+        ("max_length", REQUIRED),
+        *CHOICE,
+        ("return_dict_in_generate", False),
+        ("output_scores", False),
+    ],
+}
+
+
+@pytest.mark.parametrize("function", OPEN, ids=lambda f: f.__qualname__)
+def test_the_signature_is_the_originals_and_takes_more(function):
+    *parameters, rest = inspect.signature(function).parameters.values()
+    assert [(p.name, p.default) for p in parameters] == OPEN[function]
+    assert rest.kind == inspect.Parameter.VAR_KEYWORD
+
+
+def test_the_config_has_the_originals_fields_in_their_order():
+    names = list(inspect.signature(mamba_ssm.MambaConfig).parameters)
+    assert names == [
+        *("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm"),
+        *("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"),
+    ]
 
 
 def test_a_block_hands_its_mixer_what_it_does_not_know():

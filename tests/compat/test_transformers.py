@@ -29,7 +29,9 @@ needs_transformers = pytest.mark.skipif(
 
 def functions_of(model):
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    return {name: getattr(module, name) for name in _source.KNOWN if hasattr(module, name)}
+    found = {name: getattr(module, name) for name in _source.KNOWN if hasattr(module, name)}
+    mixers = (getattr(module, name, None) for name in _source.FORWARDS)
+    return found | {mixer.__name__: mixer.forward for mixer in mixers if mixer is not None}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +117,16 @@ def test_changed_internals_are_refused_with_a_sentence_naming_model_and_version(
 
 
 @needs_transformers
+def test_a_forward_of_another_make_is_left_alone(monkeypatch):
+    monkeypatch.setitem(_source.FORWARDS, "MambaMixer", {"another"})
+    before = functions_of("mamba")
+    assert patch_transformers("mamba", strict=True).patched == ("mamba",)
+    after = functions_of("mamba")
+    assert after["MambaMixer"] is before["MambaMixer"]
+    assert after["mamba_selective_scan"] is not before["mamba_selective_scan"]
+
+
+@needs_transformers
 def test_strict_raises_and_patches_none(monkeypatch):
     monkeypatch.setitem(_source.KNOWN, "mamba2_chunk_scan", {"another"})
     before = functions_of("mamba")
@@ -128,8 +140,11 @@ def test_strict_raises_and_patches_none(monkeypatch):
     ("change", "reason"),
     [
         (lambda module, read: None, "the source of .* cannot be read"),
-        (lambda module, read: _source.Source({}, {}), "has no function causal_conv1d_fn"),
-        (lambda module, read: _source.Source(read(module).functions, {}), "MambaMixer.forward does not call causal_co"),
+        (lambda module, read: _source.Source({}, {}, {}), "has no function causal_conv1d_fn"),
+        (
+            lambda module, read: _source.Source(read(module).functions, {}, {}),
+            "MambaMixer.forward does not call",
+        ),
     ],
     ids=["no source", "no function", "no call"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers_small import SMALL, VOCABULARY, cache_of, small
 
 from fastlvm.compat import patch_transformers
 from fastlvm.compat.transformers import _functions as functions
+from fastlvm.compat.transformers import _mixers as mixers
 
 transformers = pytest.importorskip("transformers", minversion="5.16", reason="transformers 5.16 or newer is missing")
 
@@ -74,6 +76,7 @@ def calls(monkeypatch):
 
     for name in ("causal_conv1d", "causal_conv1d_step", "ssm_scan", "ssm_step", "ssd_scan", "ssd_step"):
         monkeypatch.setattr(functions, name, spied(name, getattr(functions, name)))
+    monkeypatch.setattr(mixers, "mamba_step", spied("mamba_step", mixers.mamba_step))
     return counts
 
 
@@ -86,15 +89,19 @@ def test_logits_equal_those_of_the_slow_path(model, length, device):
     assert off(got, want) <= TOLERANCE
 
 
-def test_prefill_decoding_and_training_run_on_fastlvm(model, calls):
-    net, ids = small(transformers, model), tokens(2, 9)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_prefill_decoding_and_training_run_on_fastlvm(model, rows, calls):
+    net, ids = small(transformers, model), tokens(rows, 9)
     op, layers = ("ssd" if model in SSD else "ssm"), len(_mixers(net))
+    one_call = op == "ssm" and rows <= 8
+    steps = dict.fromkeys(["mamba_step"] if one_call else [f"{op}_step", "causal_conv1d_step"], layers)
     with patch_transformers(model, strict=True):
         with torch.no_grad():
             out = net(ids, use_cache=True)
             assert calls == {"causal_conv1d": layers, f"{op}_scan": layers}
+            calls.clear()
             net(ids[:, :1], **cache_of(out), use_cache=True)
-            assert calls[f"{op}_step"] == calls["causal_conv1d_step"] == layers
+            assert calls == steps
         calls.clear()
         net.train()(ids, labels=ids).loss.backward()
         assert calls == {"causal_conv1d": layers, f"{op}_scan": layers}
@@ -210,6 +217,89 @@ def test_a_token_with_gradients_is_left_to_transformers(model, calls):
     got, want = both(model, run)
     assert not calls and got.requires_grad
     assert off(got.detach(), want.detach()) <= TOLERANCE
+
+
+def in_a_hook(net, seen):
+    return _mixers(net)[0].x_proj.register_forward_hook(lambda *call: seen.append(call) or 2 * call[2])
+
+
+def in_a_hook_of_all(net, seen):
+    doubled = _mixers(net)[0].x_proj
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda part, given, out: 2 * out if part is doubled and not seen.append(out) else None
+    )
+
+
+def in_a_forward_of_its_own(net, seen):
+    doubled = _mixers(net)[0].x_proj
+    forward = doubled.forward
+    doubled.forward = lambda x: 2 * forward(x) if not seen.append(x) else None
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        self.seen.append(x)
+        return 2 * super().forward(x)
+
+
+def in_another_class(net, seen):
+    _mixers(net)[0].x_proj.__class__, _mixers(net)[0].x_proj.seen = Doubled, seen
+
+
+class Halves(torch.Tensor):
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        out = super().__torch_function__(function, types, args, kwargs)
+        return 2 * out.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else out
+
+
+def in_a_class_of_tensors(net, seen):
+    part = _mixers(net)[0].x_proj
+    Halves.seen = seen
+    part.weight = torch.nn.Parameter(part.weight.detach().as_subclass(Halves), requires_grad=False)
+
+
+CHANGES = [in_a_hook, in_a_hook_of_all, in_a_forward_of_its_own, in_another_class, in_a_class_of_tensors]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_has_changed_in_a_mixer_is_kept(model, change):
+    """A token in one call reads the weights, and must not where a projection is more than its weight."""
+    if model in SSD:
+        pytest.skip("has no x_proj, nor a token in one call")
+    net, ids, seen = small(transformers, model), tokens(2, 6), []
+    handle = change(net, seen)
+
+    def run():
+        known = cache_of(net(ids[:, :5], use_cache=True))
+        seen.clear()
+        return net(ids[:, 5:], **known, use_cache=True).logits
+
+    try:
+        with torch.no_grad():
+            got, want = both(model, run)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert seen
+    assert off(got, want) <= TOLERANCE
+
+
+def test_autocast_decodes_as_it_does_in_the_slow_path(model):
+    net, ids = small(transformers, model), tokens(2, 6)
+
+    def run():
+        known = cache_of(net(ids[:, :5], use_cache=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(ids[:, 5:], **known, use_cache=True).logits
+
+    with torch.no_grad():
+        got, want = both(model, run)
+    assert got.dtype == want.dtype
+    assert off(got.float(), want.float()) <= 0.05
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_slow_path_is(model):

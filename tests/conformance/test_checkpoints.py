@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import json
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
-from fastlvm.compat.mamba_ssm import Block, InferenceParams, Mamba, Mamba2, RMSNorm
+from fastlvm.compat.mamba_ssm import InferenceParams, MambaConfig, MambaLMHeadModel
 
 from . import plain
 
-VOCABULARY, DIM, LAYERS = 40, 16, 3
+VOCABULARY, ROWS, DIM, LAYERS = 40, 48, 16, 3  # rows: the next multiple of 16
 MAMBA = {
     "A_log": (32, 16),
     "D": (32,),
@@ -34,46 +34,51 @@ MAMBA2 = {
     "norm.weight": (32,),
     "out_proj.weight": (16, 32),
 }
-KINDS = {"mamba": (Mamba, MAMBA), "mamba2": (functools.partial(Mamba2, headdim=8, d_state=8, ngroups=2), MAMBA2)}
+MLP = {"fc1.weight": (2 * 128, 16), "fc2.weight": (16, 128)}
+KINDS = {
+    "mamba": (MAMBA, {}),
+    "mamba2": (MAMBA2, {"layer": "Mamba2", "headdim": 8, "d_state": 8, "ngroups": 2}),
+}
+OPTIONS = [
+    {},
+    {"tie_embeddings": False},
+    {"rms_norm": False},
+    {"residual_in_fp32": False},
+    {"fused_add_norm": False},
+    {"fused_add_norm": False, "residual_in_fp32": False, "rms_norm": False, "tie_embeddings": False},
+    {"d_intermediate": 100},
+    {"d_intermediate": 128, "fused_add_norm": False},
+]
+FP32 = (6e-4, 2e-3, plain.OUR_FORWARD)  # the originals' tolerances of their scan, and this project's own
 each_kind = pytest.mark.parametrize("kind", KINDS)
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
-class Model(nn.Module):
-    """Embedding, blocks, norm and head, as whoever builds on mamba_ssm stacks them."""
-
-    def __init__(self, mixer, fused):
-        super().__init__()
-        self.backbone = nn.Module()
-        self.backbone.embedding = nn.Embedding(VOCABULARY, DIM)
-        make = functools.partial(
-            Block, DIM, mlp_cls=nn.Identity, norm_cls=RMSNorm, fused_add_norm=fused, residual_in_fp32=True
-        )
-        blocks = [make(functools.partial(mixer, layer_idx=i)) for i in range(LAYERS)]
-        self.backbone.layers = nn.ModuleList(blocks)
-        self.backbone.norm_f = RMSNorm(DIM)
-        self.lm_head = nn.Linear(DIM, VOCABULARY, bias=False)
-
-    def forward(self, tokens, inference_params=None):
-        hidden, residual = self.backbone.embedding(tokens), None
-        for layer in self.backbone.layers:
-            hidden, residual = layer(hidden, residual, inference_params=inference_params)
-        return self.lm_head(self.backbone.norm_f(hidden + residual))
+def _config(kind, options):
+    sizes = {"d_model": DIM, "n_layer": LAYERS, "vocab_size": VOCABULARY, "pad_vocab_size_multiple": 16}
+    return {**sizes, "ssm_cfg": KINDS[kind][1], **options}
 
 
-def _checkpoint(kind, path):
-    """A file as the originals' are: a state dict saved by torch, its head tied to its embedding."""
+def _checkpoint(kind, options):
+    """The state dict of an original, its head tied to its embedding unless `options` say otherwise."""
     g = torch.Generator().manual_seed(4)
-    shapes = {"backbone.embedding.weight": (VOCABULARY, DIM), "backbone.norm_f.weight": (DIM,)}
+    norms = ("weight",) if options.get("rms_norm", True) else ("weight", "bias")
+    shapes = {"backbone.embedding.weight": (ROWS, DIM)} | {f"backbone.norm_f.{part}": (DIM,) for part in norms}
     for i in range(LAYERS):
-        shapes |= {f"backbone.layers.{i}.mixer.{name}": shape for name, shape in KINDS[kind][1].items()}
-        shapes[f"backbone.layers.{i}.norm.weight"] = (DIM,)
+        layer = {f"mixer.{name}": shape for name, shape in KINDS[kind][0].items()}
+        layer |= {f"norm.{part}": (DIM,) for part in norms}
+        if "d_intermediate" in options:
+            layer |= {f"mlp.{name}": shape for name, shape in MLP.items()}
+            layer |= {f"norm2.{part}": (DIM,) for part in norms}
+        shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
+    if not options.get("tie_embeddings", True):
+        shapes["lm_head.weight"] = (ROWS, DIM)
     weights = {name: torch.randn(shape, generator=g) * shape[-1] ** -0.5 for name, shape in shapes.items()}
     for name in weights:
-        if "norm" in name or name.endswith(".D"):
+        if name.endswith((".D", "norm.weight", "norm2.weight", "norm_f.weight")):
             weights[name] += 1
-    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-    torch.save(weights, path)
-    return torch.load(path, weights_only=True)
+    weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
+    return weights
 
 
 def _mamba(x, w):
@@ -96,50 +101,89 @@ def _mamba2(x, w):
     return plain.rms(gated, w["norm.weight"].view(2, 16), 1e-5).flatten(2) @ w["out_proj.weight"].T
 
 
-def _logits(kind, weights, tokens):
-    weights = {name: x.double() for name, x in weights.items()}
+def _norm(x, weights, name):
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if bias is None:
+        return plain.rms(x, weight, 1e-5)
+    return plain.rms(x - x.mean(-1, keepdim=True), weight, 1e-5) + bias
+
+
+def _logits(kind, weights, tokens, dtype=torch.float64):
+    weights = {name: x.to(dtype) for name, x in weights.items()}
     total = weights["backbone.embedding.weight"][tokens]
     for i in range(LAYERS):
         prefix = f"backbone.layers.{i}."
-        mixer = {name.removeprefix(f"{prefix}mixer."): x for name, x in weights.items() if name.startswith(prefix)}
-        normed = plain.rms(total, weights[f"{prefix}norm.weight"], 1e-5)
-        total = total + {"mamba": _mamba, "mamba2": _mamba2}[kind](normed, mixer)
-    return plain.rms(total, weights["backbone.norm_f.weight"], 1e-5) @ weights["lm_head.weight"].T
+        layer = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        mixer = {name.removeprefix("mixer."): x for name, x in layer.items() if name.startswith("mixer.")}
+        total = total + {"mamba": _mamba, "mamba2": _mamba2}[kind](_norm(total, layer, "norm"), mixer)
+        if "mlp.fc1.weight" in layer:
+            value, gate = (_norm(total, layer, "norm2") @ layer["mlp.fc1.weight"].T).chunk(2, -1)
+            total = total + (value * plain.silu(gate)) @ layer["mlp.fc2.weight"].T
+    return _norm(total, weights, "backbone.norm_f") @ weights["lm_head.weight"].T
 
 
-def _loaded(kind, fused, path):
-    model, weights = Model(KINDS[kind][0], fused), _checkpoint(kind, path)
+def _loaded(kind, options):
+    model, weights = MambaLMHeadModel(MambaConfig(**_config(kind, options))), _checkpoint(kind, options)
     model.load_state_dict(weights, strict=True)
-    tokens = torch.randint(VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
-    return model, tokens, _logits(kind, weights, tokens)
+    return model, weights
+
+
+def _tokens():
+    return torch.randint(VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 @each_kind
-@pytest.mark.parametrize("fused", [False, True])
+@every_option
 @torch.no_grad()
-def test_the_logits_of_a_checkpoint(kind, fused, tmp_path):
-    model, tokens, wanted = _loaded(kind, fused, tmp_path / "pytorch_model.bin")
-    plain.close(model(tokens), wanted, 1e-4, 1e-5, plain.OUR_FORWARD)
+def test_the_logits_of_a_checkpoint(kind, options):
+    model, weights = _loaded(kind, options)
+    plain.close(model(_tokens()).logits, _logits(kind, weights, _tokens()), *FP32)
 
 
 @each_kind
+@every_option
 @torch.no_grad()
-def test_the_logits_token_by_token(kind, tmp_path):
-    model, tokens, wanted = _loaded(kind, True, tmp_path / "pytorch_model.bin")
-    cache = InferenceParams(max_seqlen=11, max_batch_size=2)
-    logits = [model(tokens[:, :4], cache)]
+def test_the_logits_of_a_folder(kind, options, tmp_path):
+    weights = _checkpoint(kind, options)
+    save_file({name: x.clone() for name, x in weights.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(_config(kind, options)))
+    model = MambaLMHeadModel.from_pretrained(tmp_path)
+    plain.close(model(_tokens()).logits, _logits(kind, weights, _tokens()), *FP32)
+
+
+@each_kind
+@every_option
+@torch.no_grad()
+def test_the_logits_in_bfloat16_are_nearer_than_the_formulas_in_bfloat16(kind, options):
+    model, _ = _loaded(kind, options)
+    logits, weights = model.bfloat16()(_tokens()).logits, model.state_dict()
+    wanted = _logits(kind, weights, _tokens())
+    formula = _logits(kind, weights, _tokens(), torch.bfloat16)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - wanted).norm() < (formula - wanted).norm()
+
+
+@each_kind
+@every_option
+@torch.no_grad()
+def test_the_logits_token_by_token(kind, options):
+    model, weights = _loaded(kind, options)
+    cache, tokens = InferenceParams(max_seqlen=11, max_batch_size=2), _tokens()
+    logits = [model(tokens[:, :4], inference_params=cache).logits]
     for t in range(4, 11):
         cache.seqlen_offset = t
-        logits.append(model(tokens[:, t : t + 1], cache))
-    plain.close(torch.cat(logits, 1), wanted, 1e-4, 1e-5, plain.OUR_FORWARD)
+        logits.append(model(tokens[:, t : t + 1], inference_params=cache).logits)
+    plain.close(torch.cat(logits, 1), _logits(kind, weights, tokens), *FP32)
 
 
 @each_kind
-def test_the_gradients_of_a_checkpoint(kind, tmp_path):
-    model, tokens, _ = _loaded(kind, False, tmp_path / "pytorch_model.bin")
-    weights = {name: x.detach().double().requires_grad_() for name, x in model.state_dict().items()}
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[5], OPTIONS[6]], ids=str)
+def test_the_gradients_of_a_checkpoint(kind, options):
+    model, weights = _loaded(kind, options)
     names = [name for name, _ in model.named_parameters()]
-    grads = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
-    wanted = torch.autograd.grad(_logits(kind, weights, tokens).square().sum(), [weights[name] for name in names])
+    weights = {name: weights[name].double().requires_grad_() for name in names}
+    tied = {"lm_head.weight": weights.get("lm_head.weight", weights["backbone.embedding.weight"])}
+    grads = torch.autograd.grad(model(_tokens()).logits.square().sum(), list(model.parameters()))
+    wanted = torch.autograd.grad(_logits(kind, weights | tied, _tokens()).square().sum(), list(weights.values()))
     for name, grad, want in zip(names, grads, wanted, strict=True):
         plain.close(grad, want, 1e-3, 1e-3 * want.abs().max(), plain.OUR_GRADIENT, name)

@@ -18,10 +18,11 @@ def _normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", plain.FLOATS, ids=str)
+@pytest.mark.parametrize("is_rms", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("group_size", [None, 24, 8])
 @pytest.mark.parametrize("parts", [("weight", "z"), ("weight", "bias", "z"), ("weight",)], ids=str)
-def test_the_gated_norm(dtype, before, group_size, parts):
+def test_the_gated_norm(dtype, is_rms, before, group_size, parts):
     tensors = {
         "x": _normal(2, 5, 48).to(dtype),
         "weight": _normal(48, seed=1),
@@ -31,16 +32,32 @@ def test_the_gated_norm(dtype, before, group_size, parts):
     tensors = {k: v for k, v in tensors.items() if k in ("x", *parts)}
 
     def function(bias=None, **kwargs):
-        return mamba_ssm.rmsnorm_fn(**kwargs, bias=bias, group_size=group_size, norm_before_gate=before)
+        kwargs |= {"bias": bias, "group_size": group_size, "norm_before_gate": before}
+        return mamba_ssm.rmsnorm_fn(**kwargs) if is_rms else mamba_ssm.layernorm_fn(**kwargs)
 
     def formula(x, weight, bias=0.0, z=None):
         gate = 1.0 if z is None else plain.silu(z)
         x = x if before else x * gate
         grouped = x.unflatten(-1, (-1, group_size or 48))
+        if not is_rms:
+            grouped = grouped - grouped.mean(-1, keepdim=True)
         normed = plain.rms(grouped, weight.view(-1, group_size or 48), 1e-6).flatten(2) + bias
         return normed * gate if before else normed
 
     plain.compare(function, formula, tensors, TOLERANCE[dtype], WEIGHTS)
+
+
+def test_the_module_of_the_gated_layer_norm_uses_what_it_holds():
+    norm = mamba_ssm.LayerNormGated(48, eps=0.3, group_size=8, norm_before_gate=False)
+    assert {name: tuple(value.shape) for name, value in norm.state_dict().items()} == {"weight": (48,), "bias": (48,)}
+    assert torch.all(norm.weight == 1) and torch.all(norm.bias == 0)
+    with torch.no_grad():
+        norm.weight.copy_(_normal(48, seed=1))
+        norm.bias.copy_(_normal(48, seed=2))
+    x, z = _normal(2, 48, seed=3), _normal(2, 48, seed=4)
+    wanted = mamba_ssm.layernorm_fn(x, norm.weight, norm.bias, z, 0.3, 8, False)
+    assert torch.equal(norm(x, z), wanted)
+    assert not torch.allclose(wanted, mamba_ssm.layernorm_fn(x, norm.weight, norm.bias, z, 1e-5, 8, False))
 
 
 @pytest.mark.parametrize("dtype", plain.FLOATS, ids=str)

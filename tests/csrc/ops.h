@@ -173,6 +173,7 @@ inline const Op ops[] = {{"ssm_scan", ssm_scan},
                          {"causal_conv1d", causal_conv1d},
                          {"causal_conv1d_bwd", causal_conv1d_bwd},
                          {"causal_conv1d_step", causal_conv1d_step},
+                         {"mamba_step", mamba_step},
                          {"info_nce", info_nce},
                          {"info_nce_bwd", info_nce_bwd}};
 

@@ -140,4 +140,47 @@ inline void causal_conv1d_step(Case& c) {
   c.expect_left_alone(state, indices.advanced());
 }
 
+// Weights are of the size that keeps numbers of order one. Errors go through four products and are measured by the
+// largest element: in `sizes` the step sizes grow, and with them nothing cancels but more decays.
+inline void mamba_step(Case& c) {
+  const bool shared = is_shared(c.draw);
+  const int64_t N = shared ? 16 : c.draw.pick("N", {0, 1, 3, 8, 16, 17, 33});
+  const int64_t rows = shared ? 2 : c.draw.pick("rows", {0, 1, 1, 2, 3, 5});
+  const int64_t D = shared ? 300 : c.draw.pick("D", {0, 1, 2, 17, 64, 66, 130});
+  const int64_t M = shared ? 150 : c.draw.pick("M", {0, 1, 5, 16, 40, 270});
+  const int64_t R = shared ? 10 : c.draw.pick("R", {0, 1, 3, 16, 19});
+  const int64_t W = shared ? 4 : c.draw.pick("W", {1, 2, 4, 5});
+  const int64_t length = W - 1 + (shared ? 0 : c.draw.pick("older inputs", {0, 0, 1, 2}));
+  const double tolerance = 10 * Case::forward_tolerance;
+  const auto matrix = [&](const char* name, int64_t outputs, int64_t inputs) -> const Tensor& {
+    const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(inputs, 1)));
+    return c.input(name, {outputs, inputs}, [&c, scale] { return scale * c.draw.normal(); });
+  };
+  Tensor& conv_state = c.state("conv_state", {rows, D, length}, tolerance);
+  Tensor& ssm_state = c.state("ssm_state", {rows, D, N}, tolerance);
+  const Tensor &x = c.input("x", {rows, M}), &in_proj = matrix("in_proj", 2 * D, M), &conv = matrix("conv1d", D, W);
+  const Tensor &x_proj = matrix("x_proj", R + 2 * N, D), &dt_proj = matrix("dt_proj", D, R);
+  const Tensor& A_log = c.input("A_log", {D, N}, [&c] { return 0.5 * c.draw.normal(); }, true);
+  const Tensor &out_proj = matrix("out_proj", M, D), *skip = c.maybe("D skip", {D});
+  const Tensor *in_bias = c.maybe("in_proj_bias", {2 * D}), *conv_bias = c.maybe("conv1d_bias", {D});
+  const Tensor *dt_bias = c.maybe("dt_bias", {D}), *out_bias = c.maybe("out_proj_bias", {M});
+  const Tensor *dt_norm = c.maybe("dt_norm", {R}), *B_norm = c.maybe("B_norm", {N}), *C_norm = c.maybe("C_norm", {N});
+  Tensor& out = c.output("out", {rows, M}, x.view(drawn).dtype, tolerance);
+  conv_state.cancels = ssm_state.cancels = out.cancels = true;
+  c.run([&](Variant v) {
+    MambaStep args{};
+    args.batch = rows, args.model = M, args.dim = D, args.state_size = N, args.rank = R, args.width = W;
+    args.length = length, args.norm_eps = 1e-5, args.float64 = c.wide(v);
+    args.x = x.view(v), args.out = out.view(v);
+    args.conv_state = conv_state.view(v), args.ssm_state = ssm_state.view(v);
+    args.in_proj = in_proj.view(v), args.in_bias = view(in_bias, v);
+    args.conv_weight = conv.view(v), args.conv_bias = view(conv_bias, v), args.x_proj = x_proj.view(v);
+    args.dt_norm = view(dt_norm, v), args.B_norm = view(B_norm, v), args.C_norm = view(C_norm, v);
+    args.dt_proj = dt_proj.view(v), args.dt_bias = view(dt_bias, v);
+    args.A_log = A_log.view(v), args.D = view(skip, v);
+    args.out_proj = out_proj.view(v), args.out_bias = view(out_bias, v);
+    (v == drawn ? c.kernels(v).mamba_step : plain::mamba_step)(args);
+  });
+}
+
 }  // namespace fastlvm::test

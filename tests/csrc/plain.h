@@ -97,6 +97,71 @@ inline void causal_conv1d_step(const CausalConv1dStep& args) {
     }
 }
 
+// [rows, columns] of numbers, as a float64 array.
+struct Numbers {
+  std::vector<double> data;
+  int64_t columns;
+
+  Numbers(int64_t rows, int64_t columns) : data(static_cast<size_t>(rows * columns) + 1), columns(columns) {}
+  double& at(int64_t i, int64_t j) { return data[static_cast<size_t>(i * columns + j)]; }
+  TensorView view(int64_t first = 0) {  // the columns from `first` on
+    TensorView out;
+    out.data = data.data() + first, out.dtype = DType::f64, out.rank = 2;
+    out.stride[0] = columns, out.stride[1] = 1;
+    return out;
+  }
+};
+
+// Columns [first, first + size) of a row, over their root mean square and times the norm, where it is given.
+inline void normalise(Numbers& x, int64_t row, int64_t first, int64_t size, const TensorView& norm, double eps) {
+  if (norm.dtype == DType::none) return;
+  double squares = 0;
+  for (int64_t j = 0; j < size; ++j) squares += x.at(row, first + j) * x.at(row, first + j);
+  const double root = std::sqrt(squares / static_cast<double>(size) + eps);
+  for (int64_t j = 0; j < size; ++j) x.at(row, first + j) *= at(norm, {j}) / root;
+}
+
+inline void mamba_step(const MambaStep& args) {
+  const int64_t b = args.batch, M = args.model, D = args.dim, N = args.state_size, R = args.rank;
+  const auto product = [&](Numbers& out, const TensorView& matrix, const TensorView& in, int64_t depth,
+                           const TensorView& bias) {
+    for (int64_t i = 0; i < b; ++i)
+      for (int64_t r = 0; r < out.columns; ++r) {
+        out.at(i, r) = at(bias, {r});
+        for (int64_t k = 0; k < depth; ++k) out.at(i, r) += at(matrix, {r, k}) * at(in, {i, k});
+      }
+  };
+  Numbers xz(b, 2 * D), u(b, D), p(b, R + 2 * N), delta(b, D), A(D, N), y(b, D), out(b, M);
+  product(xz, args.in_proj, args.x, M, args.in_bias);
+  CausalConv1dStep conv{};
+  conv.batch = b, conv.dim = D, conv.width = args.width, conv.length = args.length, conv.silu = true;
+  conv.x = xz.view(), conv.out = u.view(), conv.state = args.conv_state;
+  conv.weight = args.conv_weight, conv.bias = args.conv_bias;
+  causal_conv1d_step(conv);
+  product(p, args.x_proj, u.view(), D, {});
+  for (int64_t i = 0; i < b; ++i) {
+    normalise(p, i, 0, R, args.dt_norm, args.norm_eps);
+    normalise(p, i, R, N, args.B_norm, args.norm_eps);
+    normalise(p, i, R + N, N, args.C_norm, args.norm_eps);
+  }
+  product(delta, args.dt_proj, p.view(), R, {});
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t n = 0; n < N; ++n) A.at(d, n) = -std::exp(at(args.A_log, {d, n}));
+  const auto group = [&](int64_t first) {
+    TensorView view = p.view(first);
+    view.rank = 3, view.shape[1] = 1, view.stride[1] = 0, view.stride[2] = 1;
+    return view;
+  };
+  SsmStep scan{};
+  scan.batch = b, scan.dim = D, scan.state_size = N, scan.delta_softplus = true;
+  scan.state = args.ssm_state, scan.x = u.view(), scan.delta = delta.view(), scan.z = xz.view(D), scan.out = y.view();
+  scan.A = A.view(), scan.B = group(R), scan.C = group(R + N), scan.D = args.D, scan.delta_bias = args.dt_bias;
+  ssm_step(scan);
+  product(out, args.out_proj, y.view(), D, args.out_bias);
+  for (int64_t i = 0; i < b; ++i)
+    for (int64_t m = 0; m < M; ++m) set(args.out, {i, m}, out.at(i, m));
+}
+
 inline void ssd_scan(const SsdScan& args) {
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t entry = args.offsets ? 0 : b;

@@ -134,7 +134,13 @@ def test_not_an_array(op, case, name, kind):
     for wrong in ([1.0, 2.0], 3.0, "x", np.ma.masked_array(np.zeros((2, 4, 6), np.float32))):
         inputs = _inputs(case, kind)
         inputs[name] = wrong
-        _fails(op, inputs, TypeError, f" {name} is a {type(wrong).__name__}", "wants a numpy array or a torch tensor")
+        _fails(
+            op,
+            inputs,
+            TypeError,
+            f" {name} is a {type(wrong).__name__}",
+            "wants a numpy array, a torch tensor or an mlx array",
+        )
 
 
 @pytest.mark.parametrize(("op", "case", "name"), CALLS, ids=_id)

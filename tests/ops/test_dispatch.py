@@ -61,7 +61,7 @@ def test_a_named_backend_runs_or_says_why_not(op, case, chosen, monkeypatch):
     monkeypatch.setattr(dispatch._OPS[op.__name__].backends["cpu"], "supports", lambda *args: (False, "on holiday"))
     with pytest.raises(ValueError, match="backend='cpu' cannot run this call: on holiday"):
         op(**case.inputs(), backend="cpu")
-    with pytest.raises(ValueError, match="backend='metal' is unknown; wants auto, cpu, triton, reference"):
+    with pytest.raises(ValueError, match="backend='metal' is unknown; wants auto, cpu, triton, mlx, reference"):
         op(**case.inputs(), backend="metal")
     assert chosen == ["reference"]
 
@@ -69,7 +69,9 @@ def test_a_named_backend_runs_or_says_why_not(op, case, chosen, monkeypatch):
 def test_no_backend_at_all_gives_every_reason(monkeypatch):
     for name, module in dispatch._OPS["ssm_scan"].backends.items():
         monkeypatch.setattr(module, "supports", lambda *args, name=name: (False, f"{name} is out"))
-    with pytest.raises(ValueError, match="cpu: cpu is out; triton: triton is out; reference: reference is out"):
+    with pytest.raises(
+        ValueError, match="cpu: cpu is out; triton: triton is out; mlx: mlx is out; reference: reference is out"
+    ):
         fastlvm.ssm_scan(**Scan().inputs())
 
 
@@ -80,7 +82,7 @@ def test_environment_pins_auto_and_yields_to_a_name(op, case, chosen, monkeypatc
     op(**case.inputs(), backend="cpu")
     assert chosen == ["reference", "cpu"]
     monkeypatch.setenv("FASTLVM_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="FASTLVM_BACKEND=gpu is unknown; wants auto, cpu, triton, reference"):
+    with pytest.raises(ValueError, match="FASTLVM_BACKEND=gpu is unknown; wants auto, cpu, triton, mlx, reference"):
         op(**case.inputs())
     monkeypatch.setenv("FASTLVM_BACKEND", "auto")
     op(**case.inputs())
@@ -97,11 +99,12 @@ def test_a_pinned_backend_that_cannot_run_does_not_fall_back(monkeypatch):
 @pytest.mark.parametrize(("op", "case"), OPS, ids=IDS)
 def test_explain_lists_every_backend(op, case, chosen, isa):
     found = fastlvm.explain(op.__name__, **case.inputs(), return_final_state=True)
-    assert [(v.backend, v.ok) for v in found] == [("cpu", True), ("triton", False), ("reference", True)]
+    assert [(v.backend, v.ok) for v in found] == [("cpu", True), ("triton", False), ("mlx", False), ("reference", True)]
     assert isa in found[0].reason
     assert str(found).splitlines()[0].split()[:2] == ["cpu", "yes"]
     assert "wants a GPU" in found[1].reason
-    backend, ok, reason = found[2]
+    assert "wants mlx arrays" in found[2].reason
+    backend, ok, reason = found[3]
     assert (backend, ok) == ("reference", True)
     assert "PyTorch" in reason
     assert chosen == []
@@ -109,11 +112,11 @@ def test_explain_lists_every_backend(op, case, chosen, isa):
 
 def test_explain_says_why_not(monkeypatch):
     inputs = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in Scan().inputs().items()}
-    cpu, _, reference = fastlvm.explain("ssm_scan", **inputs)
+    cpu, *_, reference = fastlvm.explain("ssm_scan", **inputs)
     assert (cpu.ok, reference.ok) == (False, True)
     assert "meta" in cpu.reason
     monkeypatch.setenv("FASTLVM_BACKEND", "reference")
-    cpu, _, reference = fastlvm.explain("ssm_scan", **Scan().inputs())
+    cpu, *_, reference = fastlvm.explain("ssm_scan", **Scan().inputs())
     assert (cpu.ok, reference.ok) == (False, True)
     assert "FASTLVM_BACKEND=reference" in cpu.reason
 
@@ -131,7 +134,7 @@ def test_explain_refuses_what_the_op_refuses():
 def test_explain_takes_positional_arguments():
     u = np.ones((1, 2, 3), np.float32)
     A = -np.ones((2, 4), np.float32)
-    assert [v.ok for v in fastlvm.explain("ssm_scan", u, u, A, A, A)] == [True, False, True]
+    assert [v.ok for v in fastlvm.explain("ssm_scan", u, u, A, A, A)] == [True, False, False, True]
 
 
 def _python(code, **env):

@@ -272,7 +272,12 @@ def test_what_tracing_sees_is_refused_before_any_kernel(op, case, lengths, kind,
         assert "\n" not in message
 
     fails(TypeError, "cu_seqlens is float32", "int32 or int64", cu_seqlens=asarray(offsets, dtype=good[lead].dtype))
-    fails(TypeError, "cu_seqlens is a list", "wants a numpy array or a torch tensor", cu_seqlens=offsets.tolist())
+    fails(
+        TypeError,
+        "cu_seqlens is a list",
+        "wants a numpy array, a torch tensor or an mlx array",
+        cu_seqlens=offsets.tolist(),
+    )
     fails(TypeError, "ndarray", "Tensor", cu_seqlens=other["cu_seqlens"])
     fails(ValueError, "cu_seqlens has 2 dimensions (1, 4)", "(S + 1,)", cu_seqlens=offsets[None])
     fails(ValueError, "cu_seqlens has shape (0,)", "(S + 1,)", cu_seqlens=offsets[:0])

@@ -40,6 +40,18 @@ def test_same_bits_every_time_and_on_any_number_of_threads(op, case, isa, thread
         assert all(_bits(op, case) == want for _ in range(5))
 
 
+def test_torch_may_ask_for_deterministic_algorithms():
+    """Nothing is refused, and nothing becomes another."""
+    want = [_bits(op, case) for op, case in CASES]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert [_bits(op, case) for op, case in CASES] == want
+        for op, case in CASES:
+            gradients(op, case, backend="reference")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_concurrent_callers_get_their_own_results(threads):
     fastlvm.set_num_threads(2)
     cases = [Scan(batch=2, channels=8 + i, state=16, length=40) for i in range(4)]

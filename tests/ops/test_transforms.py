@@ -150,6 +150,51 @@ def test_vmap_is_the_loop(name):
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), key
 
 
+@whole
+def test_vmap_in_vmap_over_every_argument(name):
+    """The inner axis last and the outer one first."""
+    inputs = WHOLE[name].inputs()
+    keys = [key for owner, key in TENSORS if owner == name]
+
+    def function(*xs):
+        args = {**inputs, **dict(zip(keys, xs, strict=True))}
+        return getattr(fastlvm, name)(**args, return_final_state=True, backend="cpu")
+
+    factors = torch.arange(1.0, 7.0).view(2, 3) / 4
+    xs = [torch.stack([torch.stack([inputs[key] * f for f in row], -1) for row in factors]) for key in keys]
+    got = torch.func.vmap(torch.func.vmap(function, in_dims=-1))(*xs)
+    for i, j in [(i, j) for i in range(2) for j in range(3)]:
+        want = function(*(x[i, ..., j] for x in xs))
+        assert all(torch.equal(g[i, j], w) for g, w in zip(got, want, strict=True)), (i, j)
+
+
+@pytest.mark.parametrize("key", ["u", "A", "cu_seqlens"])
+def test_vmap_of_packed_sequences(key):
+    inputs = Scan(batch=1, options=()).inputs() | {"cu_seqlens": torch.tensor([0, 2, 6])}
+    other = torch.tensor([0, 5, 6]) if key == "cu_seqlens" else inputs[key] / 2
+    got = torch.func.vmap(lambda x: fastlvm.ssm_scan(**{**inputs, key: x}))(torch.stack([inputs[key], other]))
+    assert torch.equal(got[0], fastlvm.ssm_scan(**inputs))
+    assert torch.equal(got[1], fastlvm.ssm_scan(**{**inputs, key: other}))
+
+
+@whole
+def test_gradients_of_weights_for_every_sample(name):
+    """The loop over samples, by autograd."""
+    lead = _lead(name)
+    inputs = WHOLE[name].inputs()
+    weights = {key: inputs[key] for key in ("A", "D", "weight", "bias") if key in inputs}
+    samples = torch.stack([inputs[lead], inputs[lead].flip(0), inputs[lead] / 2])
+
+    def loss(weights, sample):
+        return getattr(fastlvm, name)(**{**inputs, **weights, lead: sample}, backend="cpu").square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, samples)
+    for i, sample in enumerate(samples):
+        leaves = {key: w.clone().requires_grad_() for key, w in weights.items()}
+        want = torch.autograd.grad(loss(leaves, sample), list(leaves.values()))
+        assert all(torch.equal(got[key][i], w) for key, w in zip(leaves, want, strict=True)), i
+
+
 @stepped
 def test_vmap_of_a_step_is_refused(name, key):
     function, x = _function(name, key, "cpu")
@@ -200,6 +245,19 @@ def test_torch_func_says_that_it_stops_at_exported_code(name):
     torch.testing.assert_close(
         torch.autograd.grad(exported(x.requires_grad_()), x)[0], torch.func.grad(loss)(x.detach())
     )
+
+
+@whole
+def test_vmap_compiles_and_torch_func_in_compiled_code_says_why_not(name):
+    function, x = _function(name, _lead(name), "cpu")
+    loss, _ = _loss(name, _lead(name), "cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda xs: torch.func.vmap(function)(xs), backend="aot_eager", fullgraph=True)
+    xs = torch.stack([x, x / 2])
+    assert all(torch.equal(g, w) for g, w in zip(compiled(xs), torch.func.vmap(function)(xs), strict=True))
+    sentence = f"{name}: torch.func cannot differentiate what torch.compile or torch.export holds; use torch.autograd"
+    with pytest.raises(RuntimeError, match=sentence):
+        torch.compile(lambda x: torch.func.grad(loss)(x), backend="aot_eager", fullgraph=True)(x)
 
 
 @whole

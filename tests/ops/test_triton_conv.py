@@ -393,7 +393,7 @@ def test_steps_in_a_cuda_graph():
 def test_explain_lists_the_backend():
     for op, inputs in [("causal_conv1d", Conv().inputs()), ("causal_conv1d_step", steps.Conv().inputs())]:
         verdicts = {v.backend: v for v in fastlvm.explain(op, **to_device(inputs))}
-        assert list(verdicts) == ["cpu", "triton", "reference"]
+        assert list(verdicts) == ["cpu", "triton", "mlx", "reference"]
         assert verdicts["triton"].ok and "Triton" in verdicts["triton"].reason
 
 

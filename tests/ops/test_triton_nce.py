@@ -312,7 +312,7 @@ def test_what_has_no_kernel():
 
 def test_explain_lists_the_backend():
     verdicts = {v.backend: v for v in fastlvm.explain("info_nce", **to_device(Nce().vectors()))}
-    assert list(verdicts) == ["cpu", "triton", "reference"]
+    assert list(verdicts) == ["cpu", "triton", "mlx", "reference"]
     assert verdicts["triton"].ok and ("auto" in verdicts["triton"].reason) == (not ON_GPU)
 
 

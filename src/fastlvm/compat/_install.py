@@ -20,24 +20,44 @@ from typing import Any
 _OURS = "fastlvm.compat"
 _CONV = ("causal_conv1d_fn", "causal_conv1d_update")
 _SCAN = ("selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref")
+_GENERATION = (
+    "GenerationMixin",
+    "InferenceParams",
+    "decode",
+    "modify_logit_for_repetition_penalty",
+    "modify_logits_for_min_p_filtering",
+    "modify_logits_for_top_k_filtering",
+    "modify_logits_for_top_p_filtering",
+    "sample",
+)
 _MODULES: dict[str, tuple[str, ...]] = {  # module of an original -> its names; "its=ours" where they differ
     "causal_conv1d": ("__version__", *_CONV),
     "causal_conv1d.causal_conv1d_interface": _CONV,
     "causal_conv1d.causal_conv1d_varlen": ("causal_conv1d_varlen_states",),
-    "mamba_ssm": ("__version__", "selective_scan_fn", "mamba_inner_fn", "Mamba", "Mamba2"),
+    "mamba_ssm": ("__version__", "selective_scan_fn", "mamba_inner_fn", "Mamba", "Mamba2", "MambaLMHeadModel"),
+    "mamba_ssm.models": (),
+    "mamba_ssm.models.config_mamba": ("MambaConfig",),
+    "mamba_ssm.models.mixer_seq_simple": ("MambaConfig", "MambaLMHeadModel", "MixerModel", "create_block"),
     "mamba_ssm.modules": (),
     "mamba_ssm.modules.block": ("Block",),
     "mamba_ssm.modules.mamba2": ("Mamba2",),
     "mamba_ssm.modules.mamba_simple": ("Mamba",),
+    "mamba_ssm.modules.mlp": ("GatedMLP",),
     "mamba_ssm.ops": (),
     "mamba_ssm.ops.selective_scan_interface": _SCAN,
     "mamba_ssm.ops.triton": (),
     "mamba_ssm.ops.triton.layer_norm": ("RMSNorm", "layer_norm_fn", "rms_norm_fn"),
-    "mamba_ssm.ops.triton.layernorm_gated": ("RMSNorm=RMSNormGated", "rmsnorm_fn"),
+    "mamba_ssm.ops.triton.layernorm_gated": (
+        "LayerNorm=LayerNormGated",
+        "RMSNorm=RMSNormGated",
+        "layernorm_fn",
+        "rmsnorm_fn",
+    ),
     "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update",),
     "mamba_ssm.ops.triton.ssd_combined": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
     "mamba_ssm.utils": (),
-    "mamba_ssm.utils.generation": ("InferenceParams",),
+    "mamba_ssm.utils.generation": _GENERATION,
+    "mamba_ssm.utils.hf": ("load_config_hf", "load_state_dict_hf"),
 }
 _PACKAGES = tuple(name for name in _MODULES if "." not in name)
 

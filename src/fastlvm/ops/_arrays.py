@@ -12,25 +12,34 @@ _FLOATS = {np.dtype(name): name for name in ("float32", "float16", "float64")}  
 
 
 def kind(x: Any) -> str | None:
-    """Give "numpy", "torch", or None for anything else. torch is looked at only where it is loaded already."""
+    """Give "numpy", "torch", "mlx", or None for anything else. A framework is looked at only where it is loaded."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return "torch"
     if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
         return "numpy"
-    return None
+    mx = sys.modules.get("mlx.core")
+    return "mlx" if mx is not None and isinstance(x, mx.array) else None
 
 
 def dtype_name(x: Any) -> str:
-    """Give "float32" for both numpy.float32 and torch.float32; a foreign byte order is part of the name."""
+    """Give "float32" for that of numpy, torch and mlx; a foreign byte order is part of the name."""
     if isinstance(x, np.ndarray):
         return _FLOATS.get(x.dtype) or (x.dtype.name if x.dtype.isnative else x.dtype.str)
-    return str(x.dtype).removeprefix("torch.")
+    return str(x.dtype).removeprefix("torch.").removeprefix("mlx.core.").rstrip("_")  # mlx's bool_
 
 
 def device(x: Any) -> str:
-    """Give "cpu" for numpy, else the device the tensor is on, such as "cuda:0"."""
-    return "cpu" if isinstance(x, np.ndarray) else str(x.device)
+    """Give "cpu" for numpy, for torch the device the tensor is on, such as "cuda:0".
+
+    For mlx, whose arrays are nowhere in particular, it is the device of its default stream: "cpu" or "gpu".
+    """
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    if kind(x) == "mlx":
+        mx = sys.modules["mlx.core"]
+        return "cpu" if mx.default_device() == mx.cpu else "gpu"
+    return str(x.device)
 
 
 def through_torch(function: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:

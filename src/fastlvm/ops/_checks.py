@@ -12,7 +12,7 @@ from fastlvm.ops import _arrays
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _SINGLE, _HALF, _DOUBLE = (np.dtype(name) for name in ("float32", "float16", "float64"))
-_WANTS = {"numpy": "numpy arrays", "torch": "torch tensors"}
+_WANTS = {"numpy": "numpy arrays", "torch": "torch tensors", "mlx": "mlx arrays"}
 
 
 def check_arrays(op: str, optional: tuple[str, ...], named: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def _plain_like(first: Any) -> Callable[[Any], bool]:
         return lambda x: type(x) is np.ndarray and x.dtype in natives
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(first, torch.Tensor):
-        return lambda x: False
+        return _plain_mlx_like(first) if _arrays.kind(first) == "mlx" else lambda x: False
     Tensor, strided, device = torch.Tensor, torch.strided, first.device
     double = first.dtype is torch.float64
     dtypes = (torch.float64,) if double else (torch.float32, torch.bfloat16, torch.float16)
@@ -50,10 +50,17 @@ def _plain_like(first: Any) -> Callable[[Any], bool]:
     )
 
 
+def _plain_mlx_like(first: Any) -> Callable[[Any], bool]:
+    mx = sys.modules["mlx.core"]
+    array, double = mx.array, first.dtype == mx.float64
+    dtypes = (mx.float64,) if double else (mx.float32, mx.bfloat16, mx.float16)
+    return lambda x: isinstance(x, array) and x.dtype in dtypes
+
+
 def _check_kind(op: str, name: str, x: Any, lead: str, first: Any) -> None:
     kind = _arrays.kind(x)
     if kind is None:
-        raise TypeError(f"{op}: {name} is a {type(x).__name__}; wants a numpy array or a torch tensor")
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; wants a numpy array, a torch tensor or an mlx array")
     if kind != _arrays.kind(first):
         other = _WANTS[_arrays.kind(first) or "numpy"]
         raise TypeError(f"{op}: {name} is a {type(x).__name__} but {lead} is a {type(first).__name__}; wants {other}")
@@ -65,7 +72,7 @@ def _check_dtype(op: str, name: str, x: Any, lead: str, first: Any) -> None:
     dtype, wanted = _arrays.dtype_name(x), _arrays.dtype_name(first)
     if dtype not in _FLOATS or (isinstance(x, np.ndarray) and dtype == "bfloat16"):
         wants = "real floats" if "complex" in dtype else "floats"
-        raise TypeError(f"{op}: {name} is {dtype}; wants {wants}: float32, float16, bfloat16 (torch) or float64")
+        raise TypeError(f"{op}: {name} is {dtype}; wants {wants}: float32, float16, bfloat16 (torch, mlx) or float64")
     if (dtype == "float64") != (wanted == "float64"):
         raise TypeError(f"{op}: {name} is {dtype} but {lead} is {wanted}; float64 goes with float64 only, convert one")
 
@@ -102,7 +109,7 @@ def check_sequences(op: str, lead: str, x: Any, cu_seqlens: Any) -> int:
     dtype, where = _arrays.dtype_name(cu_seqlens), _arrays.device(cu_seqlens)
     if dtype not in ("int32", "int64"):
         raise TypeError(f"{op}: {name} is {dtype}; wants int32 or int64")
-    if where != "cpu":
+    if where != "cpu" and _arrays.kind(cu_seqlens) != "mlx":  # whose memory the cpu reads, wherever mlx computes
         raise ValueError(f"{op}: {name} is on {where}; wants it on the cpu, where its values are read")
     check_rank(op, name, cu_seqlens, "(S + 1,)", 1)
     if cu_seqlens.shape[0] < 1:

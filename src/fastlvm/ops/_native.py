@@ -12,9 +12,16 @@ from fastlvm.ops import _arrays
 
 def supports(x: Any) -> tuple[bool, str]:
     """Whether the compiled extension can take arrays like `x`, and why not."""
+    if _arrays.kind(x) == "mlx":
+        return False, "arrays are mlx's, wants numpy arrays or torch tensors"
     where = _arrays.device(x)
     if where != "cpu":
         return False, f"arrays are on {where}, wants main memory"
+    return extension()
+
+
+def extension() -> tuple[bool, str]:
+    """Whether the compiled extension can be loaded, and why not."""
     try:
         from fastlvm import _C  # noqa: F401
     except ImportError as error:

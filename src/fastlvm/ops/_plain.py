@@ -1,24 +1,35 @@
-"""What the reference backends share: they run wherever torch is, for any arguments."""
+"""What the reference backends share: they run wherever torch is, for any arguments; for mlx arrays they are mlx's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from fastlvm.ops import _arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def supports(*args: Any) -> tuple[bool, str]:
-    if find_spec("torch") is None:
+def supports(x: Any, *args: Any) -> tuple[bool, str]:
+    if _arrays.kind(x) != "mlx" and find_spec("torch") is None:
         return False, "torch is not installed"
     return True, describe()
 
 
 def describe() -> str:
-    return "plain PyTorch"
+    return "plain PyTorch; plain mlx for its arrays"
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products of matrices on x's device keep their dtypes, whatever torch.autocast says."""
+    import torch
+
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def each_sequence(
@@ -40,9 +51,9 @@ def each_sequence(
     return torch.cat(outs, dim=-1), torch.cat(states)
 
 
-def checked_offsets(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
+def checked_offsets(op: str, cu_seqlens: Any, length: int) -> list[int]:
     """The offsets as numbers; ValueError unless they run from 0 to `length` without a fall."""
-    offsets = cu_seqlens.tolist()
+    offsets: list[int] = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"{op}: cu_seqlens begins with {offsets[0]}; wants 0")
     for before, after in pairwise(offsets):

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_arrays(op: str, scan: str, optional: tuple[str, ...], named: dict[str, Any], state_indices: Any) -> None:
-    """`_checks.check_arrays`, the same for the indices, a state that can be written, and no gradient wanted.
+def check_arrays(
+    op: str,
+    scan: str,
+    optional: tuple[str, ...],
+    named: dict[str, Any],
+    state_indices: Any,
+    states: tuple[str, ...] = ("state",),
+) -> None:
+    """`_checks.check_arrays`, the same for the indices, states that can be written, and no gradient wanted.
 
     Nothing here looks at a value, so that it can be traced; `check_values` does.
 
@@ -28,11 +35,15 @@ def check_arrays(op: str, scan: str, optional: tuple[str, ...], named: dict[str,
             grad in grad mode.
     """
     _checks.check_arrays(op, optional, named)
-    _check_writable(op, named["state"])
+    kind = _arrays.kind(named[states[0]])
+    for state in states if kind != "mlx" else ():  # mlx's arrays are values: theirs are replaced, not written
+        _check_writable(op, state, named[state])
     if state_indices is not None:
         _check_indices(op, named["state"], state_indices)
-    if _arrays.kind(named["state"]) == "torch":
-        _check_tensors(op, scan, named)
+    if kind == "torch":
+        _check_tensors(op, scan, named, states)
+    if kind == "mlx":
+        _check_values_known(op, scan, [*named.values(), state_indices])
 
 
 def check_states(op: str, state: Any, state_indices: Any, batch: int, axes: str, shape: tuple[int, ...]) -> None:
@@ -45,21 +56,21 @@ def check_states(op: str, state: Any, state_indices: Any, batch: int, axes: str,
         _checks.check_shape(op, "state_indices", state_indices, "(b,)", (batch,))
 
 
-def _check_writable(op: str, state: Any) -> None:
+def _check_writable(op: str, name: str, state: Any) -> None:
     if isinstance(state, np.ndarray):
         if not state.flags.writeable:
-            raise ValueError(f"{op}: state is read-only; wants an array that can be written in place, such as a copy")
+            raise ValueError(f"{op}: {name} is read-only; wants an array that can be written in place, such as a copy")
         strides = state.strides
     else:
         strides = state.stride()
     for size, stride in zip(state.shape, strides, strict=True):
         if stride == 0 and size > 1 and 0 not in state.shape:
-            raise ValueError(f"{op}: state has stride 0; wants a place in memory for each element, such as a copy")
+            raise ValueError(f"{op}: {name} has stride 0; wants a place in memory for each element, such as a copy")
 
 
 def _check_indices(op: str, state: Any, indices: Any) -> None:
     if _arrays.kind(indices) != _arrays.kind(state):
-        wants = "a numpy array" if isinstance(state, np.ndarray) else "a torch tensor"
+        wants = {"numpy": "a numpy array", "torch": "a torch tensor", "mlx": "an mlx array"}[_arrays.kind(state) or ""]
         raise TypeError(f"{op}: state_indices is a {type(indices).__name__}; wants {wants}, as state is")
     dtype = _arrays.dtype_name(indices)
     if dtype not in ("int32", "int64"):
@@ -69,11 +80,14 @@ def _check_indices(op: str, state: Any, indices: Any) -> None:
         raise ValueError(f"{op}: state_indices is on {here} but state is on {there}; move them to one device")
 
 
-def _check_tensors(op: str, scan: str, named: dict[str, Any]) -> None:
+def _check_tensors(op: str, scan: str, named: dict[str, Any], states: tuple[str, ...]) -> None:
     import torch
 
-    if not torch.compiler.is_compiling() and named["state"].is_neg():
-        raise ValueError(f"{op}: state is a view that negates lazily; wants memory to write, pass state.resolve_neg()")
+    for name in states if not torch.compiler.is_compiling() else ():
+        if named[name].is_neg():
+            raise ValueError(
+                f"{op}: {name} is a view that negates lazily; wants memory to write, pass {name}.resolve_neg()"
+            )
     if not torch.is_grad_enabled():
         return
     for name, x in named.items():
@@ -84,7 +98,17 @@ def _check_tensors(op: str, scan: str, named: dict[str, Any]) -> None:
             )
 
 
-def check_values(op: str, state: Any, state_indices: Any) -> None:
+def _check_values_known(op: str, scan: str, arrays: list[Any]) -> None:
+    from fastlvm.ops import _mlx, _mlx_call
+
+    if not _mlx_call.evaluated(arrays):
+        raise ValueError(
+            f"{op}: {_mlx.TRACED}, nor is a state written in place; use fastlvm.{scan} with initial_state and "
+            "return_final_state"
+        )
+
+
+def check_values(op: str, state: Any, state_indices: Any, name: str = "state") -> None:
     """Check what the kernels check for themselves: elements of the state that overlap, and the values of the indices.
 
     Skipped where there is no value: while tracing, and on the meta device.
@@ -97,7 +121,8 @@ def check_values(op: str, state: Any, state_indices: Any) -> None:
 
         if torch.compiler.is_compiling() or state.device.type == "meta":
             return
-    check_apart(op, state)
+    if _arrays.kind(state) != "mlx":
+        check_apart(op, state, name)
     if state_indices is None:
         return
     used, states = set(), state.shape[0]
@@ -112,7 +137,7 @@ def check_values(op: str, state: Any, state_indices: Any) -> None:
         used.add(index)
 
 
-def check_apart(op: str, state: Any) -> None:
+def check_apart(op: str, state: Any, name: str = "state") -> None:
     """Raise ValueError unless, from the closest axis on, each stride reaches past all that lies below it."""
     strides, reach = (state.strides, state.itemsize) if isinstance(state, np.ndarray) else (state.stride(), 1)
     if 0 in state.shape:
@@ -120,16 +145,16 @@ def check_apart(op: str, state: Any) -> None:
     for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, state.shape, strict=True)):
         if size > 1 and stride < reach:
             raise ValueError(
-                f"{op}: state: got memory in which elements may overlap, wants a place for each; copy it first"
+                f"{op}: {name}: got memory in which elements may overlap, wants a place for each; copy it first"
             )
         reach += stride * (size - 1)
 
 
-def run_in_place(op: str, kernel: Callable[[np.ndarray], None], state: np.ndarray) -> None:
+def run_in_place(op: str, kernel: Callable[[np.ndarray], None], state: np.ndarray, name: str = "state") -> None:
     """Call a kernel on `state`, by way of a copy where its elements are no whole number of elements apart."""
     held = _native.aligned(state)
     if held is not state:
-        check_apart(op, state)
+        check_apart(op, state, name)
     kernel(held)
     if held is not state:
         state[...] = held

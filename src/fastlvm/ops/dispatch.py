@@ -51,6 +51,11 @@ def register(op: str, function: Callable[..., Any], check: Callable[..., None], 
     _OPS[op] = _Op(function, check, {module.__name__.rpartition(".")[2]: module for module in backends})
 
 
+def known() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(_OPS)
+
+
 def choose(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
     """The backend that runs this call.
 
@@ -88,7 +93,8 @@ def _yields(module: ModuleType, args: tuple[Any, ...]) -> str:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Verdicts:
-    """Which backends can run `fastlvm.<op>(*args, **kwargs)`, and why the others cannot. Nothing is computed.
+    """Which backends can run `fastlvm.<op>(*args, **kwargs)`, and why the others cannot. Nothing is computed but
+    what mlx arrays still wait for.
 
     Returns:
         A list of `(backend, ok, reason)` in the order "auto" asks; it prints as a table.

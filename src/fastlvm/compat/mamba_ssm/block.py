@@ -12,6 +12,20 @@ from fastlvm.compat.mamba_ssm.norms import RMSNorm, layer_norm_fn
 from fastlvm.errors import InputError
 
 
+def add_norm(
+    norm: Any, hidden_states: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm of the sum of `hidden_states` and `residual`, and the sum."""
+    if fused:
+        options = {"eps": norm.eps, "is_rms_norm": isinstance(norm, RMSNorm)}
+        options |= {"prenorm": True, "residual_in_fp32": residual_in_fp32}
+        both: tuple[Tensor, Tensor] = layer_norm_fn(hidden_states, norm.weight, norm.bias, residual, **options)
+        return both
+    total = hidden_states if residual is None else hidden_states + residual
+    normed = norm(total.to(norm.weight.dtype))
+    return normed, total.to(torch.promote_types(total.dtype, torch.float32)) if residual_in_fp32 else total
+
+
 class Block(nn.Module):
     """Add, norm, mix, and with an MLP once more; the sum and what is to be added to it are handed on apart.
 
@@ -34,6 +48,7 @@ class Block(nn.Module):
         residual_in_fp32: bool = False,
     ) -> None:
         super().__init__()
+        self.layer_idx: int | None = None  # for whoever stacks blocks
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.norm = norm_cls(dim)
         self.mixer = mixer_cls(dim)
@@ -49,22 +64,13 @@ class Block(nn.Module):
         self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None, **mixer_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """What the last branch made [B, L, dim] and the sum before it, None at first → the same after this block."""
-        hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
+        options = {"fused": self.fused_add_norm, "residual_in_fp32": self.residual_in_fp32}
+        hidden_states, residual = add_norm(self.norm, hidden_states, residual, **options)
         hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
         if self.mlp is not None:
-            hidden_states, residual = self._add_norm(self.norm2, hidden_states, residual)
+            hidden_states, residual = add_norm(self.norm2, hidden_states, residual, **options)
             hidden_states = self.mlp(hidden_states)
         return hidden_states, residual
-
-    def _add_norm(self, norm: Any, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.fused_add_norm:
-            options = {"eps": norm.eps, "is_rms_norm": isinstance(norm, RMSNorm)}
-            options |= {"prenorm": True, "residual_in_fp32": self.residual_in_fp32}
-            both: tuple[Tensor, Tensor] = layer_norm_fn(hidden_states, norm.weight, norm.bias, residual, **options)
-            return both
-        total = hidden_states if residual is None else hidden_states + residual
-        normed = norm(total.to(norm.weight.dtype))
-        return normed, total.to(torch.promote_types(total.dtype, torch.float32)) if self.residual_in_fp32 else total
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any

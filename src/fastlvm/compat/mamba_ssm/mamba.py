@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlvm.compat._plain import step_weights
 from fastlvm.compat.causal_conv1d import causal_conv1d_update
 from fastlvm.compat.mamba_ssm import cache
 from fastlvm.compat.mamba_ssm.selective_scan import selective_scan_fn
 from fastlvm.compat.mamba_ssm.state_update import selective_state_update
 from fastlvm.errors import InputError
-from fastlvm.ops import causal_conv1d
+from fastlvm.ops import causal_conv1d, mamba_step
 
 
 def step_sizes(count: int, least: float, most: float, floor: float, **factory: Any) -> Tensor:
@@ -121,6 +122,10 @@ class Mamba(nn.Module):
         """The output [B, 1, d_model] for one token [B, 1, d_model], and the states, which are written in place."""
         if hidden_states.shape[1] != 1:
             raise InputError(f"Mamba: step got {hidden_states.shape[1]} tokens; wants (B, 1, d_model), one at a time")
+        weights = step_weights(self, hidden_states)
+        if weights is not None:
+            out = mamba_step(hidden_states[:, 0], conv_state, ssm_state, *weights)
+            return out[:, None], conv_state, ssm_state
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)  # [B, d_inner] each
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, self.activation)
         delta, B, C = self._scan_inputs(x)

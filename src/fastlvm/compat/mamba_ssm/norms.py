@@ -141,7 +141,7 @@ class RMSNorm(nn.Module):
         return rms_norm_fn(x, *held, self.eps, dropped, None, prenorm, residual_in_fp32)
 
 
-def rmsnorm_fn(
+def layernorm_fn(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -149,15 +149,17 @@ def rmsnorm_fn(
     eps: float = 1e-6,
     group_size: int | None = None,
     norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
 ) -> Tensor:
     """norm(x) · silu(z), or norm(x · silu(z)) unless `norm_before_gate`, with gradients.
 
     Args:
         x, z: [..., d].
         weight, bias: [d].
-        eps: added to the mean square.
+        eps: added to the variance, or to the mean square.
         group_size: channels that are normalised together, which divide d; all of them when None.
         norm_before_gate: gate the normalised x instead of x.
+        is_rms_norm: RMS norm instead of layer norm.
 
     Returns:
         [..., d] in x's dtype.
@@ -165,7 +167,7 @@ def rmsnorm_fn(
     Raises:
         InputError: a shape or the group size does not fit.
     """
-    op, size = "rmsnorm_fn", x.shape[-1]
+    op, size = "rmsnorm_fn" if is_rms_norm else "layernorm_fn", x.shape[-1]
     check_shape(op, "weight", weight, "(d,)", (size,))
     check_shape(op, "bias", bias, "(d,)", (size,))
     check_shape(op, "z", z, "that of x", tuple(x.shape))
@@ -178,10 +180,52 @@ def rmsnorm_fn(
         held = held * gate
     groups = (size // group, group)
     bias_of_groups = None if bias is None else bias.view(groups)
-    held = normalize(held.unflatten(-1, groups), weight.view(groups), bias_of_groups, eps).flatten(-2)
+    held = normalize(held.unflatten(-1, groups), weight.view(groups), bias_of_groups, eps, centred=not is_rms_norm)
+    held = held.flatten(-2)
     if gate is not None and norm_before_gate:
         held = held * gate
     return held.to(x.dtype)
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """`layernorm_fn` with `is_rms_norm`."""
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+class LayerNormGated(nn.Module):
+    """The gated layer norm, `LayerNorm` of mamba_ssm.ops.triton.layernorm_gated; `weight` and `bias` [hidden_size]."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
 
 
 class RMSNormGated(nn.Module):

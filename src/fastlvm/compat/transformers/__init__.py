@@ -1,12 +1,14 @@
 """fastlvm's ops inside the state-space models of transformers.
 
 From 5.16 on, transformers keeps what is slow about these models in a few functions of every `modeling_*` module, and
-its mixers look them up there at every call. `patch_transformers` puts other functions in their place; models, caches
-and weights stay transformers' own. A function is replaced only where its source is the one fastlvm was tested against.
+its mixers look them up there at every call. `patch_transformers` puts other functions in their place, and before the
+forward of a Mamba-1 mixer one that decodes a token in one call; models, caches and weights stay transformers' own. A
+function is replaced only where its source is the one fastlvm was tested against.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import sys
@@ -105,10 +107,13 @@ def unpatch_transformers(models: str | Iterable[str] | None = None) -> None:
     """
     for model in _asked(models):
         module = sys.modules.get(_path(model))
-        for name in _MIXERS[model][1] if module is not None else ():
-            original = getattr(getattr(module, name, None), _ORIGINAL, None)
+        if module is None:
+            continue
+        mixer, functions = _MIXERS[model]
+        for owner, name in [(module, name) for name in functions] + [(getattr(module, mixer, None), "forward")]:
+            original = getattr(getattr(owner, name, None), _ORIGINAL, None)
             if original is not None:
-                setattr(module, name, original)
+                setattr(owner, name, original)
 
 
 def _asked(models: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -167,16 +172,21 @@ def _advice() -> str:
 
 def _patch(model: str, module: ModuleType) -> bool:
     """Replace the functions that are not replaced yet; True if there were any."""
-    from fastlvm.compat.transformers import _functions
+    from fastlvm.compat.transformers import _functions, _mixers
 
+    mixer, functions = _MIXERS[model]
+    made = {(module, name): _functions.REPLACEMENTS[name] for name in functions}
+    source = _source.read(module)
+    if source is not None and source.forwards.get(mixer) in _source.FORWARDS.get(mixer, ()):
+        made[getattr(module, mixer), "forward"] = functools.partial(_mixers.one_token, model=model)
     changed = False
-    for name in _MIXERS[model][1]:
-        original = getattr(module, name)
+    for (owner, name), make in made.items():
+        original = getattr(owner, name)
         if hasattr(original, _ORIGINAL):
             continue
-        replacement = _functions.REPLACEMENTS[name](original)
+        replacement = make(original)
         replacement.__name__ = name
         setattr(replacement, _ORIGINAL, original)
-        setattr(module, name, replacement)
+        setattr(owner, name, replacement)
         changed = True
     return changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.causal_conv1d import cpu, reference, triton
+from fastlvm.ops.causal_conv1d import cpu, mlx, reference, triton
 
 _OP = "causal_conv1d"
 _OPTIONAL = ("bias", "initial_state")
@@ -25,9 +25,9 @@ def causal_conv1d(
 ) -> Any:
     """Convolve every channel with its own filter over the past: `out_t = act(bias + Σ_k weight_k x_{t-W+1+k})`.
 
-    numpy arrays in, numpy arrays out; torch tensors in, torch tensors out, with gradients for every array, through the
-    final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
-    own, with float32 sums; or float64 throughout.
+    numpy arrays in, numpy arrays out; torch tensors or mlx arrays in, the same out, with gradients for every array,
+    through the final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (not
+    numpy's), each array its own, with float32 sums; or float64 throughout. torch.autocast changes none of them.
 
     Args:
         x: input [B, D, L]. Any size may be 0.
@@ -76,4 +76,4 @@ def _check(x: Any, weight: Any, bias: Any, activation: str | None, initial_state
     _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, channels, width - 1))
 
 
-dispatch.register(_OP, causal_conv1d, _check, cpu, triton, reference)
+dispatch.register(_OP, causal_conv1d, _check, cpu, triton, mlx, reference)

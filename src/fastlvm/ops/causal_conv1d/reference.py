@@ -19,6 +19,10 @@ __all__ = ["conv", "describe", "run", "supports"]
 
 
 def run(*args: Any) -> tuple[Any, ...]:
+    if _arrays.kind(args[0]) == "mlx":
+        from fastlvm.ops.causal_conv1d import reference_mlx
+
+        return reference_mlx.conv(*args)
     if _arrays.kind(args[0]) == "numpy":
         return _arrays.through_torch(conv, *args)
     return conv(*args)

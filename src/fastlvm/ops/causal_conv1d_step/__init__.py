@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.causal_conv1d_step import cpu, reference, triton
+from fastlvm.ops.causal_conv1d_step import cpu, mlx, reference, triton
 
 _OP = "causal_conv1d_step"
 _OPTIONAL = ("bias",)
@@ -25,9 +25,10 @@ def causal_conv1d_step(
     """Convolve one token, `out = act(bias + Σ_k weight_k x_{k-W+1})`, and push it into the states in place.
 
     What `fastlvm.causal_conv1d` does to a sequence of length 1, without a copy of the state. numpy arrays in, numpy
-    array out; torch tensors in, torch tensor out, without gradients. Any strides are read, and those of the state
-    written, as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its own, with float32 sums; or
-    float64 throughout.
+    array out; torch tensors or mlx arrays in, the same out, without gradients. Any strides are read, and those of the
+    state written, as they are; an mlx state gets other memory, and what shares the old one keeps its values. Dtypes are
+    float32, float16 and bfloat16 (not numpy's), each array its own, with float32 sums; or float64 throughout.
+    torch.autocast changes none of them.
 
     Args:
         x: input [b, D]. Any size may be 0.
@@ -74,4 +75,4 @@ def _check(x: Any, state: Any, weight: Any, bias: Any, activation: str | None, s
     _checks.check_shape(_OP, "bias", bias, "(D,)", (channels,))
 
 
-dispatch.register(_OP, causal_conv1d_step, _check, cpu, triton, reference)
+dispatch.register(_OP, causal_conv1d_step, _check, cpu, triton, mlx, reference)

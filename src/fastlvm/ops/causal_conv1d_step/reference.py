@@ -22,6 +22,10 @@ __all__ = ["describe", "run", "step", "supports"]
 
 def run(x: Any, state: Any, *args: Any) -> Any:
     _step.check_values("causal_conv1d_step", state, args[-1])
+    if _arrays.kind(x) == "mlx":
+        from fastlvm.ops.causal_conv1d_step import reference_mlx
+
+        return reference_mlx.run(x, state, *args)
     if _arrays.kind(x) == "numpy":
         return _step.through_torch(lambda state, x, *rest: step(x, state, *rest), state, x, *args)
     return step(x, state, *args)

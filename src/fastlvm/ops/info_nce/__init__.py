@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastlvm.ops import _arrays, _checks, dispatch
-from fastlvm.ops.info_nce import cpu, reference, triton
+from fastlvm.ops.info_nce import cpu, mlx, reference, triton
 
 _OP = "info_nce"
 _REDUCTIONS = ("mean", "sum", "none")
@@ -30,10 +30,11 @@ def info_nce(
     Key i is the positive of query i; keys from B on are further negatives. The logits [B, M] are never in memory as a
     whole on the cpu and triton backends: peak memory is O((B + M) D), beside one block of logits.
 
-    numpy arrays in, a numpy array out, without gradients; torch tensors in, a torch tensor out, with gradients for
-    queries and keys. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
-    own, with float32 sums; or float64 throughout. Where queries and keys are both bfloat16, gradients of the logits may
-    be rounded to bfloat16 before they are summed up. Vectors are taken as they are: normalise them for cosines.
+    numpy arrays in, a numpy array out, without gradients; torch tensors or mlx arrays in, the same out, with gradients
+    for queries and keys. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (not numpy's), each
+    array its own, with float32 sums; or float64 throughout. torch.autocast changes none of them. Where queries and keys
+    are both bfloat16, gradients of the logits may be rounded to bfloat16 before they are summed up. Vectors are taken
+    as they are: normalise them for cosines.
 
     Args:
         queries: [B, D]. Any size may be 0.
@@ -86,7 +87,7 @@ def _check(queries: Any, keys: Any, temperature: float, symmetric: bool, mask: A
 
 def _check_temperature(temperature: Any) -> None:
     wants = "wants a positive finite number"
-    if _arrays.kind(temperature) == "torch":
+    if _arrays.kind(temperature) in ("torch", "mlx"):
         raise TypeError(
             f"{_OP}: temperature is a {type(temperature).__name__}; {wants}, for a learned one pass queries * scale "
             "and temperature 1.0"
@@ -118,7 +119,7 @@ def _check_mask(queries: Any, count: int, mask: Any) -> None:
 def _check_kind(name: str, x: Any, queries: Any, dtype: str) -> None:
     kind = _arrays.kind(queries)
     if _arrays.kind(x) != kind:
-        wants = "a torch tensor" if kind == "torch" else "a numpy array"
+        wants = {"torch": "a torch tensor", "mlx": "an mlx array"}.get(kind or "", "a numpy array")
         pair = ", or a pair of int64 labels" if name == "mask" else ""
         raise TypeError(f"{_OP}: {name} is a {type(x).__name__}; wants {wants} of {dtype}{pair}")
     found = _arrays.dtype_name(x)
@@ -131,4 +132,4 @@ def _check_kind(name: str, x: Any, queries: Any, dtype: str) -> None:
         raise ValueError(f"{_OP}: {name} is on {here} but queries is on {there}; move them to one device")
 
 
-dispatch.register(_OP, info_nce, _check, cpu, triton, reference)
+dispatch.register(_OP, info_nce, _check, cpu, triton, mlx, reference)

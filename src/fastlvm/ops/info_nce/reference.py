@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlvm.ops import _arrays
-from fastlvm.ops._plain import describe, supports
+from fastlvm.ops._plain import describe, supports, without_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,11 @@ __all__ = ["describe", "losses", "run", "split", "supports"]
 
 
 def run(queries: Any, keys: Any, temperature: float, symmetric: bool, mask: Any, reduction: str) -> Any:
+    if _arrays.kind(queries) == "mlx":
+        from fastlvm.ops.info_nce import reference_mlx
+
+        return reference_mlx.run(queries, keys, temperature, symmetric, split(mask), reduction)
+
     def reduced(*args: Any) -> tuple[Tensor]:
         each = losses(*args)
         return (each if reduction == "none" else each.sum() if reduction == "sum" else each.mean(),)
@@ -50,7 +55,8 @@ def losses(
     import torch.nn.functional as F
 
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    logits = queries.to(dtype) @ keys.to(dtype).T / temperature  # [B, M]
+    with without_autocast(queries):
+        logits = queries.to(dtype) @ keys.to(dtype).T / temperature  # [B, M]
     own = torch.arange(queries.shape[0], device=queries.device)
     left_out = mask
     if query_labels is not None and key_labels is not None:

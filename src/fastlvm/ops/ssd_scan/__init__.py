@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.ssd_scan import cpu, reference, triton
+from fastlvm.ops.ssd_scan import cpu, mlx, reference, triton
 
 _OP = "ssd_scan"
 _OPTIONAL = ("D", "z", "dt_bias", "initial_state")
@@ -29,10 +29,10 @@ def ssd_scan(
 ) -> Any:
     """Run the scan of Mamba-2: `H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_tᵀ`, `out_t = (H_t C_t + D x_t) · silu(z_t)`.
 
-    numpy arrays in, numpy arrays out; torch tensors in, torch tensors out, with gradients for every array, through the
-    final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (torch), each array its
-    own, with a float32 state; or float64 throughout. On a GPU, where chunks of time are products of matrices, a NaN in
-    x reaches the whole chunk of its channel.
+    numpy arrays in, numpy arrays out; torch tensors or mlx arrays in, the same out, with gradients for every array,
+    through the final state too. Any strides are read as they are. Dtypes are float32, float16 and bfloat16 (not
+    numpy's), each array its own, with a float32 state; or float64 throughout. torch.autocast changes none of them. On a
+    GPU, where chunks of time are products of matrices, a NaN in x reaches the whole chunk of its channel.
 
     Args:
         x: input [B, L, H, P]: H heads of P channels. Any size may be 0.
@@ -106,4 +106,4 @@ def _check(
     _checks.check_shape(_OP, "initial_state", initial_state, letters, (sequences, heads, dim, state))
 
 
-dispatch.register(_OP, ssd_scan, _check, cpu, triton, reference)
+dispatch.register(_OP, ssd_scan, _check, cpu, triton, mlx, reference)

@@ -24,6 +24,10 @@ __all__ = ["describe", "run", "scan", "supports"]
 
 def run(*args: Any) -> tuple[Any, ...]:
     *inputs, _ = args  # the final state comes for nothing
+    if _arrays.kind(args[0]) == "mlx":
+        from fastlvm.ops.ssd_scan import reference_mlx
+
+        return reference_mlx.scan(*inputs)
     if _arrays.kind(args[0]) == "numpy":
         return _arrays.through_torch(scan, *inputs)
     return scan(*inputs)

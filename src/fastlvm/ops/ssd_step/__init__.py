@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.ssd_step import cpu, reference, triton
+from fastlvm.ops.ssd_step import cpu, mlx, reference, triton
 
 _OP = "ssd_step"
 _OPTIONAL = ("D", "z", "dt_bias")
@@ -29,9 +29,10 @@ def ssd_step(
     """Advance the states by one token in place: `H = exp(dt A) H + dt x Bᵀ`, `out = (H C + D x) · silu(z)`.
 
     What `fastlvm.ssd_scan` does to a sequence of length 1, without a copy of the state. numpy arrays in, numpy array
-    out; torch tensors in, torch tensor out, without gradients. Any strides are read, and those of the state written, as
-    they are. Dtypes are float32, float16 and bfloat16 (torch), each array its own, computed in float32; or float64
-    throughout. A state of 16 bits is rounded at every token.
+    out; torch tensors or mlx arrays in, the same out, without gradients. Any strides are read, and those of the state
+    written, as they are; an mlx state gets other memory, and what shares the old one keeps its values. Dtypes are
+    float32, float16 and bfloat16 (not numpy's), each array its own, computed in float32; or float64 throughout. A state
+    of 16 bits is rounded at every token. torch.autocast changes no dtype.
 
     Args:
         state: [S, h, p, n], written; no other argument may share its memory. S is b unless there are `state_indices`.
@@ -100,4 +101,4 @@ def _check(
     _checks.check_shape(_OP, "dt_bias", dt_bias, "(h,)", (heads,))
 
 
-dispatch.register(_OP, ssd_step, _check, cpu, triton, reference)
+dispatch.register(_OP, ssd_step, _check, cpu, triton, mlx, reference)

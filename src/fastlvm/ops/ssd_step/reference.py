@@ -22,6 +22,10 @@ __all__ = ["describe", "run", "step", "supports"]
 
 def run(state: Any, *args: Any) -> Any:
     _step.check_values("ssd_step", state, args[-1])
+    if _arrays.kind(state) == "mlx":
+        from fastlvm.ops.ssd_step import reference_mlx
+
+        return reference_mlx.run(state, *args)
     if _arrays.kind(state) == "numpy":
         return _step.through_torch(step, state, *args)
     return step(state, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, dispatch
-from fastlvm.ops.ssm_scan import cpu, reference, triton
+from fastlvm.ops.ssm_scan import cpu, mlx, reference, triton
 
 _OP = "ssm_scan"
 _OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -30,9 +30,10 @@ def ssm_scan(
 ) -> Any:
     """Run the selective scan: `h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t`, `out_t = (<C_t, h_t> + D u_t) · silu(z_t)`.
 
-    numpy arrays in, numpy arrays out; torch tensors in, torch tensors out, with gradients for every array, through the
-    final state too. Any strides are read as they are: a transposed channel-last tensor costs no copy. Dtypes are
-    float32, float16 and bfloat16 (torch), each array its own, with a float32 state; or float64 throughout.
+    numpy arrays in, numpy arrays out; torch tensors or mlx arrays in, the same out, with gradients for every array,
+    through the final state too. Any strides are read as they are: a transposed channel-last tensor costs no copy.
+    Dtypes are float32, float16 and bfloat16 (not numpy's), each array its own, with a float32 state; or float64
+    throughout. torch.autocast changes none of them.
 
     Args:
         u: input [B, D, L]. Any size may be 0.
@@ -114,4 +115,4 @@ def _check_layout(name: str, M: Any, batch: int, channels: int, length: int, sta
             raise ValueError(f"{_OP}: {name} has {groups} groups; wants a number that divides the {channels} channels")
 
 
-dispatch.register(_OP, ssm_scan, _check, cpu, triton, reference)
+dispatch.register(_OP, ssm_scan, _check, cpu, triton, mlx, reference)

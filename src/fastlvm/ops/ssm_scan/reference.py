@@ -24,6 +24,10 @@ __all__ = ["describe", "run", "scan", "supports"]
 
 def run(*args: Any) -> tuple[Any, ...]:
     *inputs, _ = args  # the final state comes for nothing
+    if _arrays.kind(args[0]) == "mlx":
+        from fastlvm.ops.ssm_scan import reference_mlx
+
+        return reference_mlx.scan(*inputs)
     if _arrays.kind(args[0]) == "numpy":
         return _arrays.through_torch(scan, *inputs)
     return scan(*inputs)
@@ -67,8 +71,8 @@ def scan(
     if delta_softplus:
         step = F.softplus(step, threshold=20.0)
     A = A.to(dtype)
-    B = _per_channel(B.to(dtype), channels, length)  # [B or 1, D or 1, N, L]
-    C = _per_channel(C.to(dtype), channels, length)
+    B = per_channel(B.to(dtype), channels, length)  # [B or 1, D or 1, N, L]
+    C = per_channel(C.to(dtype), channels, length)
 
     if initial_state is None:
         h = torch.zeros(batch, channels, A.shape[1], dtype=dtype, device=u.device)
@@ -87,7 +91,7 @@ def scan(
     return y.to(u.dtype), h.clone() if h is initial_state else h
 
 
-def _per_channel(M: Tensor, channels: int, length: int) -> Tensor:
+def per_channel(M: Tensor, channels: int, length: int) -> Tensor:
     """B or C in any of its layouts as [B or 1, D or 1, N, L]."""
     if M.ndim == 2:  # (D, N): constant in time
         return M[None, :, :, None].expand(-1, -1, -1, length)

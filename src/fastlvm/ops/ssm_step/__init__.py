@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlvm.ops import _checks, _step, dispatch
-from fastlvm.ops.ssm_step import cpu, reference, triton
+from fastlvm.ops.ssm_step import cpu, mlx, reference, triton
 
 _OP = "ssm_step"
 _OPTIONAL = ("D", "z", "delta_bias")
@@ -29,9 +29,10 @@ def ssm_step(
     """Advance the states by one token in place: `h = exp(Δ A) h + Δ B x`, `out = (<C, h> + D x) · silu(z)`.
 
     What `fastlvm.ssm_scan` does to a sequence of length 1, without a copy of the state. numpy arrays in, numpy array
-    out; torch tensors in, torch tensor out, without gradients. Any strides are read, and those of the state written, as
-    they are. Dtypes are float32, float16 and bfloat16 (torch), each array its own, computed in float32; or float64
-    throughout. A state of 16 bits is rounded at every token.
+    out; torch tensors or mlx arrays in, the same out, without gradients. Any strides are read, and those of the state
+    written, as they are; an mlx state gets other memory, and what shares the old one keeps its values. Dtypes are
+    float32, float16 and bfloat16 (not numpy's), each array its own, computed in float32; or float64 throughout. A state
+    of 16 bits is rounded at every token. torch.autocast changes no dtype.
 
     Args:
         state: [S, D, N], written; no other argument may share its memory. S is b unless there are `state_indices`.
@@ -105,4 +106,4 @@ def _check_layout(name: str, M: Any, batch: int, channels: int, size: int) -> No
         raise ValueError(f"{_OP}: {name} has {groups} groups; wants a number that divides the {channels} channels")
 
 
-dispatch.register(_OP, ssm_step, _check, cpu, triton, reference)
+dispatch.register(_OP, ssm_step, _check, cpu, triton, mlx, reference)

@@ -1,0 +1,38 @@
+"""The scan of Mamba-2 on the memory of mlx arrays, with its gradient. Imported when the first mlx array arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlvm.ops import _mlx_call
+from fastlvm.ops._extension import _C
+from fastlvm.ops.ssd_scan import reference_mlx
+
+
+def run(*args: Any) -> tuple[Any, Any]:
+    *arrays, dt_softplus, initial_state, cu_seqlens, return_final_state = args
+
+    def forward(*inputs: Any) -> tuple[Any, ...]:
+        x, B = inputs[0], inputs[3]
+        out, to_out = _mlx_call.empty_like(x)
+        final_state = None
+        if return_final_state:
+            shape = (_mlx_call.sequences(x, cu_seqlens), *x.shape[2:], B.shape[3])
+            final_state = _mlx_call.empty(shape, _mlx_call.state_dtype(x))
+        *given, initial_state = map(_mlx_call.memory, inputs)
+        _C.ssd_scan(*given, dt_softplus, initial_state, to_out, final_state, cu_seqlens)
+        return (out, final_state) if return_final_state else (out,)
+
+    def backward(cotangents: Any, results: Any, *inputs: Any) -> list[Any]:
+        buffers = _mlx_call.gradient_buffers(inputs)
+        grads = [_mlx_call.memory(g) for g in (*cotangents, None)[:2]]
+        *given, initial_state = map(_mlx_call.memory, inputs)
+        _C.ssd_scan_bwd(*grads, *given, dt_softplus, initial_state, *_mlx_call.written(buffers), cu_seqlens)
+        return _mlx_call.gradients(inputs, buffers)
+
+    def formula(*inputs: Any) -> tuple[Any, ...]:
+        whole = (*inputs[:-1], dt_softplus, inputs[-1], cu_seqlens)
+        return reference_mlx.scan(*whole)[: 2 if return_final_state else 1]
+
+    results = _mlx_call.differentiable((*arrays, initial_state), forward, backward, formula)
+    return results if return_final_state else (*results, None)

@@ -1,0 +1,9 @@
+"""One token of the selective scan for mlx arrays: the compiled kernels on their memory."""
+
+from __future__ import annotations
+
+from fastlvm.ops._mlx import describe, runner, supports
+
+__all__ = ["describe", "run", "supports"]
+
+run = runner("ssm_step")
