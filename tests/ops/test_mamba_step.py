@@ -302,5 +302,5 @@ def test_autocast_changes_nothing(backend):
 def test_mlx_arrays_are_refused_with_what_to_use():
     mx = pytest.importorskip("mlx.core", reason="mlx is missing")
     inputs = {name: mx.array(x) for name, x in as_numpy(Block().inputs()).items()}
-    with pytest.raises(ValueError, match="mamba_step: no backend can run this call .*use causal_conv1d_step"):
+    with pytest.raises(ValueError, match=r"mamba_step: no backend can run this call .*use causal_conv1d_step"):
         fastlvm.mamba_step(**inputs)
