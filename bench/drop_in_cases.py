@@ -52,7 +52,10 @@ CONTENDERS = {
     STEP: (PATCHED, SLOW, MAMBAPY),
     WHOLE_STEP: (PATCHED,),
 }
-LEFT_OUT = {(WHOLE_STEP, SLOW): "not run: a layer alone takes a minute or so", (WHOLE_STEP, MAMBAPY): "not run: 24 times the memory below"}
+LEFT_OUT = {
+    (WHOLE_STEP, SLOW): "not run: a layer alone takes a minute or so",
+    (WHOLE_STEP, MAMBAPY): "not run: 24 times the memory below",
+}
 
 
 def ids(timed: Pass, length: int | None = None) -> Tensor:
