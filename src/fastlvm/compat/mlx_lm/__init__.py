@@ -8,17 +8,11 @@ changed only where its source is the one fastlvm was tested against.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import sys
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from types import ModuleType, TracebackType
-from typing import Any
+from types import ModuleType
 
-from fastlvm.compat import transformers
+from fastlvm.compat._patching import Make, Patch, Patcher, Place
 from fastlvm.compat.transformers import _source
-from fastlvm.errors import InputError
 
 __all__ = ["MODELS", "Patch", "TESTED", "patch_mlx_lm", "unpatch_mlx_lm"]
 
@@ -47,23 +41,6 @@ _KNOWN = {  # module, class or function -> the fingerprint of what fastlvm's sta
     "ssm": {"compute_dt": "6e178c35d3734c19", "ssm_attn": "ba83d5c78fe8f5eb", "ssm_update": "439fc69730fa5982"},
 }
 
-_ORIGINAL = "_fastlvm_original"  # the attribute that marks a function of ours and holds the one it stands for
-
-
-@dataclass(frozen=True)
-class Patch(transformers.Patch):
-    """What `patch_mlx_lm` did; as a context manager, leaving it takes back what that call changed.
-
-    Attributes:
-        patched: models that run on fastlvm now, those patched before included.
-        refused: model -> why it is left as it was.
-    """
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        unpatch_mlx_lm(self._changed)
-
 
 def patch_mlx_lm(models: str | Iterable[str] | None = None, *, strict: bool = False) -> Patch:
     """Let models of mlx-lm compute their convolutions and scans with fastlvm.
@@ -80,26 +57,7 @@ def patch_mlx_lm(models: str | Iterable[str] | None = None, *, strict: bool = Fa
     Raises:
         InputError: mlx-lm is not installed, a name is not known or, with `strict`, a model is not patched.
     """
-    version = _version()
-    refused = {}
-    modules = {}
-    for model in _asked(models):
-        module = _module(model)
-        if module is None:
-            if models is not None:
-                refused[model] = f"{model} of mlx-lm {version} is not patched: this version has no such model"
-            continue
-        modules[model] = module
-        reason = _refusal(model, module)
-        if reason is not None:
-            refused[model] = f"{model} of mlx-lm {version} is not patched: {reason}; {_advice()}"
-    if strict and refused:
-        raise InputError("; ".join(refused.values()))
-    for reason in refused.values():
-        warnings.warn(reason, stacklevel=2)
-    patched = {model: module for model, module in modules.items() if model not in refused}
-    changed = tuple(model for model, module in patched.items() if _patch(model, module))
-    return Patch(tuple(patched), refused, changed)
+    return _PATCHER.patch(models, strict)
 
 
 def unpatch_mlx_lm(models: str | Iterable[str] | None = None) -> None:
@@ -108,29 +66,7 @@ def unpatch_mlx_lm(models: str | Iterable[str] | None = None) -> None:
     Raises:
         InputError: a name is not known.
     """
-    for model in _asked(models):
-        module = sys.modules.get(_path(model))
-        for owner, name in _places(model, module) if module is not None else ():
-            original = getattr(getattr(owner, name, None), _ORIGINAL, None)
-            if original is not None:
-                setattr(owner, name, original)
-
-
-def _asked(models: str | Iterable[str] | None) -> tuple[str, ...]:
-    if models is None:
-        return MODELS
-    names = (models,) if isinstance(models, str) else tuple(dict.fromkeys(models))
-    for name in names:
-        if name not in _MIXERS:
-            raise InputError(f"models: got {name!r}, wants names out of {', '.join(MODELS)}")
-    return names
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mlx-lm")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError("patch_mlx_lm: mlx-lm is not installed; pip install mlx-lm") from None
+    _PATCHER.unpatch(models)
 
 
 def _path(model: str) -> str:
@@ -167,29 +103,35 @@ def _refusal(model: str, module: ModuleType) -> str | None:
     return None
 
 
-def _advice() -> str:
-    return f"use mlx-lm {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
-
-
-def _places(model: str, module: ModuleType) -> tuple[tuple[Any, str], ...]:
-    """What is replaced: owners, and names in them."""
-    mixer = getattr(module, _MIXERS[model], None)
-    return ((mixer, "_process_sequence"),) if model in _MAMBA_1 else ((mixer, "_conv"), (module, "ssm_update"))
-
-
-def _patch(model: str, module: ModuleType) -> bool:
-    """Replace the functions that are not replaced yet; True if there were any."""
+def _places(model: str, module: ModuleType) -> dict[Place, Make]:
+    """What is replaced in a module."""
     from fastlvm.compat.mlx_lm import _functions
 
-    changed = False
-    for owner, name in _places(model, module):
-        original = getattr(owner, name)
-        if hasattr(original, _ORIGINAL):
-            continue
-        key = f"{model}.{name}" if model in _MAMBA_1 else name
-        replacement = _functions.REPLACEMENTS[key](original)
-        replacement.__name__ = name
-        setattr(replacement, _ORIGINAL, original)
-        setattr(owner, name, replacement)
-        changed = True
-    return changed
+    mixer = getattr(module, _MIXERS[model], None)
+    if model in _MAMBA_1:
+        return {(mixer, "_process_sequence"): _functions.REPLACEMENTS[f"{model}._process_sequence"]}
+    return {(owner, name): _functions.REPLACEMENTS[name] for owner, name in ((mixer, "_conv"), (module, "ssm_update"))}
+
+
+class _Patcher(Patcher):
+    package = "mlx-lm"
+    missing = "patch_mlx_lm: mlx-lm is not installed; pip install mlx-lm"
+    advice = f"use mlx-lm {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
+
+    def models(self) -> tuple[str, ...]:
+        return MODELS
+
+    def path(self, model: str) -> str:
+        return _path(model)
+
+    def load(self, model: str) -> ModuleType | None:
+        return _module(model)
+
+    def refusal(self, model: str, module: ModuleType) -> str | None:
+        return _refusal(model, module)
+
+    def places(self, model: str, module: ModuleType) -> dict[Place, Make]:
+        return _places(model, module)
+
+
+_PATCHER = _Patcher()

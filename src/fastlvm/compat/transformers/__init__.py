@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import sys
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import ModuleType
 
+from fastlvm.compat._patching import Make, Patch, Patcher, Place
 from fastlvm.compat.transformers import _source
-from fastlvm.errors import InputError
 
 __all__ = ["MODELS", "Patch", "TESTED", "patch_transformers", "unpatch_transformers"]
 
@@ -38,30 +34,6 @@ _MIXERS = {  # name in transformers.models -> its mixer and the functions that c
 }
 MODELS = tuple(_MIXERS)
 
-_ORIGINAL = "_fastlvm_original"  # the attribute that marks a function of ours and holds the one it stands for
-
-
-@dataclass(frozen=True)
-class Patch:
-    """What `patch_transformers` did; as a context manager, leaving it takes back what that call changed.
-
-    Attributes:
-        patched: models that run on fastlvm now, those patched before included.
-        refused: model -> why it is left as it was.
-    """
-
-    patched: tuple[str, ...]
-    refused: dict[str, str]
-    _changed: tuple[str, ...] = field(repr=False)
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        unpatch_transformers(self._changed)
-
 
 def patch_transformers(models: str | Iterable[str] | None = None, *, strict: bool = False) -> Patch:
     """Let models of transformers compute their convolutions and scans with fastlvm, on CPUs and GPUs.
@@ -77,26 +49,7 @@ def patch_transformers(models: str | Iterable[str] | None = None, *, strict: boo
     Raises:
         InputError: transformers is not installed, a name is not known or, with `strict`, a model is not patched.
     """
-    version = _version()
-    refused = {}
-    modules = {}
-    for model in _asked(models):
-        module = _module(model)
-        if module is None:
-            if models is not None:
-                refused[model] = f"{model} of transformers {version} is not patched: this version has no such model"
-            continue
-        modules[model] = module
-        reason = _refusal(model, module)
-        if reason is not None:
-            refused[model] = f"{model} of transformers {version} is not patched: {reason}; {_advice()}"
-    if strict and refused:
-        raise InputError("; ".join(refused.values()))
-    for reason in refused.values():
-        warnings.warn(reason, stacklevel=2)
-    patched = {model: module for model, module in modules.items() if model not in refused}
-    changed = tuple(model for model, module in patched.items() if _patch(model, module))
-    return Patch(tuple(patched), refused, changed)
+    return _PATCHER.patch(models, strict)
 
 
 def unpatch_transformers(models: str | Iterable[str] | None = None) -> None:
@@ -105,34 +58,7 @@ def unpatch_transformers(models: str | Iterable[str] | None = None) -> None:
     Raises:
         InputError: a name is not known.
     """
-    for model in _asked(models):
-        module = sys.modules.get(_path(model))
-        if module is None:
-            continue
-        mixer, functions = _MIXERS[model]
-        for owner, name in [(module, name) for name in functions] + [(getattr(module, mixer, None), "forward")]:
-            original = getattr(getattr(owner, name, None), _ORIGINAL, None)
-            if original is not None:
-                setattr(owner, name, original)
-
-
-def _asked(models: str | Iterable[str] | None) -> tuple[str, ...]:
-    if models is None:
-        return MODELS
-    names = (models,) if isinstance(models, str) else tuple(dict.fromkeys(models))
-    for name in names:
-        if name not in _MIXERS:
-            raise InputError(f"models: got {name!r}, wants names out of {', '.join(MODELS)}")
-    return names
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            "patch_transformers: transformers is not installed; pip install 'transformers>=5.16'"
-        ) from None
+    _PATCHER.unpatch(models)
 
 
 def _path(model: str) -> str:
@@ -166,27 +92,37 @@ def _refusal(model: str, module: ModuleType) -> str | None:
     return None
 
 
-def _advice() -> str:
-    return f"use transformers {TESTED[0]} to {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
-
-
-def _patch(model: str, module: ModuleType) -> bool:
-    """Replace the functions that are not replaced yet; True if there were any."""
+def _places(model: str, module: ModuleType) -> dict[Place, Make]:
+    """What is replaced: the functions that the mixer calls and, where it is known, the mixer's own forward."""
     from fastlvm.compat.transformers import _functions, _mixers
 
     mixer, functions = _MIXERS[model]
-    made = {(module, name): _functions.REPLACEMENTS[name] for name in functions}
+    places: dict[Place, Make] = {(module, name): _functions.REPLACEMENTS[name] for name in functions}
     source = _source.read(module)
     if source is not None and source.forwards.get(mixer) in _source.FORWARDS.get(mixer, ()):
-        made[getattr(module, mixer), "forward"] = functools.partial(_mixers.one_token, model=model)
-    changed = False
-    for (owner, name), make in made.items():
-        original = getattr(owner, name)
-        if hasattr(original, _ORIGINAL):
-            continue
-        replacement = make(original)
-        replacement.__name__ = name
-        setattr(replacement, _ORIGINAL, original)
-        setattr(owner, name, replacement)
-        changed = True
-    return changed
+        places[getattr(module, mixer), "forward"] = functools.partial(_mixers.one_token, model=model)
+    return places
+
+
+class _Patcher(Patcher):
+    package = "transformers"
+    missing = "patch_transformers: transformers is not installed; pip install 'transformers>=5.16'"
+    advice = f"use transformers {TESTED[0]} to {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
+
+    def models(self) -> tuple[str, ...]:
+        return MODELS
+
+    def path(self, model: str) -> str:
+        return _path(model)
+
+    def load(self, model: str) -> ModuleType | None:
+        return _module(model)
+
+    def refusal(self, model: str, module: ModuleType) -> str | None:
+        return _refusal(model, module)
+
+    def places(self, model: str, module: ModuleType) -> dict[Place, Make]:
+        return _places(model, module)
+
+
+_PATCHER = _Patcher()
