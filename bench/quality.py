@@ -93,15 +93,8 @@ def done(name: str) -> dict[str, Path]:
 def judge(name: str, found: dict[str, Path]) -> dict[str, Any]:
     """The runs, by what to call them, and the baselines on the test windows, as JSON."""
     payload, windows = corpus(name)
-    report = workflow.evaluate_paths(
-        list(found.values()),
-        payload,
-        windows,
-        name=name,
-        names=list(found),
-        clusters=windows.groups("test"),
-        say=print,
-    )
+    corpora = [workflow.Corpus(payload, windows, name, windows.groups("test"))]
+    (report,) = workflow.evaluate_paths(list(found.values()), corpora, names=list(found), say=print)
     about = {"corpus": name, "machine": machine(), "date": date.today().isoformat(), "options": OPTIONS}
     return {**about, "report": report.to_dict(), "runs": {own: _run(path) for own, path in found.items()}}
 
