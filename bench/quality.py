@@ -200,8 +200,9 @@ def _seeds(report: dict[str, Any], runs: dict[str, Any]) -> list[tuple[str, ...]
 def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """`data` and the runs that only `stored` has, whose folders may be elsewhere by now.
 
-    Both have to be of the same windows, resamples and baselines, figure by figure: then a difference is that of one
-    report. Another processor rounds otherwise, which moves a mean cosine in its last digits.
+    Both have to be of the same windows, resamples and baselines, figure by figure, but for the random one, which every
+    version draws in its own way: then a difference is that of one report. Another processor rounds otherwise, which
+    moves a mean cosine in its last digits.
     """
     old, new = stored["report"], data["report"]
     parts = ("payload", "windows", "bootstrap")
@@ -222,7 +223,7 @@ def merged(stored: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _baselines(report: dict[str, Any]) -> dict[str, list[float | None]]:
-    names = {ranker["name"] for ranker in report["rankers"] if ranker["kind"] == "baseline"}
+    names = {ranker["name"] for ranker in report["rankers"] if ranker["kind"] == "baseline"} - {"random"}
     return {name: list(figures.values()) for name, figures in _figures(report).items() if name in names}
 
 
