@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
@@ -42,35 +41,24 @@ class Patch:
         self._unpatch(self._changed)
 
 
-class Patcher(ABC):
+@dataclass(frozen=True)
+class Patcher:
     """How fastlvm's functions get into the models of one package.
 
     package: its name. missing: the sentence where it is not installed. advice: which versions to use.
+    models: the names of all. path: the module of a model. load: the module, imported; None where this version has no
+    such model. refusal: why a module cannot be patched, or None. places: what is replaced in it, and what makes the
+    replacement.
     """
 
     package: str
     missing: str
     advice: str
-
-    @abstractmethod
-    def models(self) -> tuple[str, ...]:
-        """The names of all models."""
-
-    @abstractmethod
-    def path(self, model: str) -> str:
-        """The module of a model."""
-
-    @abstractmethod
-    def load(self, model: str) -> ModuleType | None:
-        """The module, imported; None where this version has no such model."""
-
-    @abstractmethod
-    def refusal(self, model: str, module: ModuleType) -> str | None:
-        """Why this module cannot be patched; None where it can."""
-
-    @abstractmethod
-    def places(self, model: str, module: ModuleType) -> dict[Place, Make]:
-        """What is replaced in a module, and what makes its replacement."""
+    models: Callable[[], tuple[str, ...]]
+    path: Callable[[str], str]
+    load: Callable[[str], ModuleType | None]
+    refusal: Callable[[str, ModuleType], str | None]
+    places: Callable[[str, ModuleType], dict[Place, Make]]
 
     def patch(self, models: str | Iterable[str] | None, strict: bool) -> Patch:
         """Patch the models named, or all there are; raise for what is refused if `strict`, else warn."""

@@ -113,25 +113,13 @@ def _places(model: str, module: ModuleType) -> dict[Place, Make]:
     return {(owner, name): _functions.REPLACEMENTS[name] for owner, name in ((mixer, "_conv"), (module, "ssm_update"))}
 
 
-class _Patcher(Patcher):
-    package = "mlx-lm"
-    missing = "patch_mlx_lm: mlx-lm is not installed; pip install mlx-lm"
-    advice = f"use mlx-lm {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
-
-    def models(self) -> tuple[str, ...]:
-        return MODELS
-
-    def path(self, model: str) -> str:
-        return _path(model)
-
-    def load(self, model: str) -> ModuleType | None:
-        return _module(model)
-
-    def refusal(self, model: str, module: ModuleType) -> str | None:
-        return _refusal(model, module)
-
-    def places(self, model: str, module: ModuleType) -> dict[Place, Make]:
-        return _places(model, module)
-
-
-_PATCHER = _Patcher()
+_PATCHER = Patcher(
+    package="mlx-lm",
+    missing="patch_mlx_lm: mlx-lm is not installed; pip install mlx-lm",
+    advice=f"use mlx-lm {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm",
+    models=lambda: MODELS,
+    path=_path,
+    load=lambda model: _module(model),
+    refusal=_refusal,
+    places=_places,
+)

@@ -104,25 +104,13 @@ def _places(model: str, module: ModuleType) -> dict[Place, Make]:
     return places
 
 
-class _Patcher(Patcher):
-    package = "transformers"
-    missing = "patch_transformers: transformers is not installed; pip install 'transformers>=5.16'"
-    advice = f"use transformers {TESTED[0]} to {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm"
-
-    def models(self) -> tuple[str, ...]:
-        return MODELS
-
-    def path(self, model: str) -> str:
-        return _path(model)
-
-    def load(self, model: str) -> ModuleType | None:
-        return _module(model)
-
-    def refusal(self, model: str, module: ModuleType) -> str | None:
-        return _refusal(model, module)
-
-    def places(self, model: str, module: ModuleType) -> dict[Place, Make]:
-        return _places(model, module)
-
-
-_PATCHER = _Patcher()
+_PATCHER = Patcher(
+    package="transformers",
+    missing="patch_transformers: transformers is not installed; pip install 'transformers>=5.16'",
+    advice=f"use transformers {TESTED[0]} to {TESTED[-1]}, which fastlvm is tested with, or a newer fastlvm",
+    models=lambda: MODELS,
+    path=_path,
+    load=lambda model: _module(model),
+    refusal=_refusal,
+    places=_places,
+)
