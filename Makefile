@@ -16,7 +16,7 @@ ASAN := build/asan-ext
 NATIVE = $(MAKE) --no-print-directory -f tests/csrc/native.mk
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test conformance test-gpu test-sanitize test-arm fuzz fuzz-load bench bench-gpu lint format wheel clean
+.PHONY: demo test conformance test-gpu test-sanitize test-arm build-macos fuzz fuzz-load bench bench-gpu lint format wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m fastlvm demo --out $(OUT)
@@ -41,6 +41,11 @@ test-sanitize:
 # The same tests cross-compiled for AArch64, under qemu; needs g++-aarch64-linux-gnu and qemu-user-static.
 test-arm:
 	+@$(NATIVE) -j$(JOBS) arm
+
+# The extension's sources compiled for Apple's processors, and linked but for Python, by Zig's copy of clang (100 MB).
+build-macos: $(READY)
+	$(INSTALL) ziglang
+	+@$(NATIVE) -j$(JOBS) macos ZIG="$(BIN)/python -m ziglang" PYTHON_INCLUDES="$$($(BIN)/python -m pybind11 --includes)"
 
 # Random calls of every op under AddressSanitizer for SECONDS on every core.
 fuzz:

@@ -19,6 +19,8 @@
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fastlvm {
@@ -99,15 +101,25 @@ bool has_bf16() { return false; }
 bool has_amx() { return false; }
 #endif
 
-bool has_dotprod() {
 #if defined(__aarch64__) && defined(__linux__)
-  return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }  // HWCAP_ASIMDDP
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+bool has_neon_bf16() { return (getauxval(AT_HWCAP2) >> 14 & 1) != 0; }
 #elif defined(__aarch64__) && defined(__APPLE__)
-  return true;  // since the first M1
-#else
-  return false;
-#endif
+bool system_names(const char* feature) {
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found != 0;
 }
+
+bool has_dotprod() { return true; }  // since the first M1
+bool has_i8mm() { return system_names("hw.optional.arm.FEAT_I8MM"); }
+bool has_neon_bf16() { return system_names("hw.optional.arm.FEAT_BF16"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+bool has_neon_bf16() { return false; }
+#endif
 
 bool runs_always() { return true; }
 
@@ -134,10 +146,12 @@ struct Extension {
 };
 
 // Lower levels first.
-std::array<Extension, 5> all_extensions() {
+std::array<Extension, 7> all_extensions() {
   return {{{avx512_kernels(), Precision::int8, 1, avx512_vnni_int8, has_vnni},
            {avx512_kernels(), Precision::bf16, 1, avx512_bf16_product, has_bf16},
            {neon_kernels(), Precision::int8, 1, neon_dotprod_int8, has_dotprod},
+           {neon_kernels(), Precision::bf16, 1, neon_bf16_product, has_neon_bf16},
+           {neon_kernels(), Precision::int8, 2, neon_i8mm_int8, has_i8mm},
            {avx512_kernels(), Precision::int8, 2, avx512_amx_int8, has_amx},
            {avx512_kernels(), Precision::bf16, 2, avx512_amx_bf16, has_amx}}};
 }

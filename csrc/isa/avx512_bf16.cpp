@@ -29,15 +29,7 @@ struct Dot {
   static Vec finish(Sum sum, const Matrix&, int64_t, float) { return {sum}; }
 };
 
-void prepare(const float* x, int64_t x_stride, int64_t rows, int64_t inputs, uint8_t* data, int64_t stride, float*) {
-  for (int64_t r = 0; r < rows; ++r) {
-    uint16_t* const to = reinterpret_cast<uint16_t*>(data + r * stride);
-    vectors<Vec>(inputs, [&](int64_t i, int n) { Vec::load_first(x + r * x_stride + i, n).store_bf16(to + i, n); });
-    if (inputs % 2) to[inputs] = 0;
-  }
-}
-
-constexpr Product bf16 = {"avx512_bf16", 2, prepare, multiply<Dot>};
+constexpr Product bf16 = {"avx512_bf16", 2, narrow, multiply<Dot>};
 
 }  // namespace
 }  // namespace avx512_bf16::product

@@ -121,6 +121,16 @@ inline void quantise(const float* x, int64_t x_stride, int64_t rows, int64_t inp
   }
 }
 
+// Rows as bfloat16, the last pair filled up with a zero.
+inline void narrow(const float* x, int64_t x_stride, int64_t rows, int64_t inputs, uint8_t* data, int64_t stride,
+                   float*) {
+  for (int64_t r = 0; r < rows; ++r) {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(data + r * stride);
+    vectors<Vec>(inputs, [&](int64_t i, int n) { Vec::load_first(x + r * x_stride + i, n).store_bf16(to + i, n); });
+    if (inputs % 2) to[inputs] = 0;
+  }
+}
+
 inline Vec scaled(Vec sum, const Matrix& m, int64_t output, float scale) {
   return sum * (Vec::load(m.scale + output) * Vec::set1(scale));
 }

@@ -11,5 +11,7 @@ const Product* avx512_bf16_product();
 const Product* avx512_amx_int8();
 const Product* avx512_amx_bf16();
 const Product* neon_dotprod_int8();
+const Product* neon_i8mm_int8();
+const Product* neon_bf16_product();
 
 }  // namespace fastlvm

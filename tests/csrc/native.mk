@@ -1,5 +1,5 @@
-# The C++ and its native tests without Python: under the sanitizers, and for AArch64. The Makefile in the root calls
-# this one from the root; it needs make and a compiler.
+# The C++ and its native tests without Python: under the sanitizers, for AArch64, and as far as the linker for macOS. The
+# Makefile in the root calls this one from the root; it needs make and a compiler.
 ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= $(firstword $(shell command -v qemu-aarch64-static || command -v qemu-aarch64))
 SECONDS ?= 60
@@ -12,11 +12,17 @@ COMMON := -std=c++20 -Wall -Wextra -g -Icsrc -pthread
 asan := $(CXX) $(COMMON) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DFASTLVM_ASAN
 tsan := $(CXX) $(COMMON) -O1 -fsanitize=thread -DFASTLVM_TSAN
 arm := $(ARM_CXX) $(COMMON) -O2 -static
+macos := $(ZIG) c++ -target aarch64-macos.13.0 $(COMMON) -O1 $(PYTHON_INCLUDES)
 
 vmath := $(CXX) $(COMMON) -O3
 
 # The flags of CMakeLists.txt for the objects of one instruction set: of this machine, and of the arm build.
 arm_neon_dotprod := -march=armv8.2-a+dotprod
+arm_neon_i8mm := -march=armv8.2-a+i8mm
+arm_neon_bf16 := -march=armv8.2-a+bf16
+macos_neon_dotprod := -mcpu=generic+v8_2a+dotprod
+macos_neon_i8mm := -mcpu=generic+v8_2a+i8mm
+macos_neon_bf16 := -mcpu=generic+v8_2a+bf16
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 avx2 := -mavx2 -mfma -mf16c
 avx512 := $(avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
@@ -27,6 +33,8 @@ avx512_amx := $(avx512) $(shell $(CXX) $(amx) -E -x c++ /dev/null >/dev/null 2>&
 ISAS := scalar avx2 avx512
 else ifneq ($(filter aarch64 arm64,$(shell uname -m)),)
 neon_dotprod := $(arm_neon_dotprod)
+neon_i8mm := $(arm_neon_i8mm)
+neon_bf16 := $(arm_neon_bf16)
 ISAS := scalar neon
 else
 ISAS := scalar
@@ -38,11 +46,11 @@ vector_avx512 := -DFASTLVM_VECTOR_AVX512
 define build
 $(OUT)/$(1)/%.o: csrc/%.cpp $(HEADERS) tests/csrc/native.mk
 	@mkdir -p $$(@D)
-	$$($(1)) $$($(if $(filter arm,$(1)),arm_)$$(notdir $$*)) -c $$< -o $$@
+	$$($(1)) $$($(addsuffix _,$(filter arm macos,$(1)))$$(notdir $$*)) -c $$< -o $$@
 $(OUT)/$(1)/%: tests/csrc/%.cpp $(wildcard tests/csrc/*.h) $(SOURCES:csrc/%.cpp=$(OUT)/$(1)/%.o)
 	$$($(1)) -include tests/csrc/sanitizers.h $$< $$(filter %.o,$$^) -o $$@
 endef
-$(foreach name,asan tsan arm,$(eval $(call build,$(name))))
+$(foreach name,asan tsan arm macos,$(eval $(call build,$(name))))
 
 define accuracy
 $(OUT)/$(1)/vmath/%.o: tests/csrc/vmath_functions.cpp tests/csrc/vmath_functions.h $(HEADERS) tests/csrc/native.mk
@@ -54,7 +62,7 @@ endef
 $(eval $(call accuracy,vmath,$(ISAS)))
 $(eval $(call accuracy,arm,scalar neon))
 
-.PHONY: sanitize asan tsan arm arm-tools arm-run fuzz vmath
+.PHONY: sanitize asan tsan arm arm-tools arm-run macos fuzz vmath
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -90,6 +98,9 @@ arm-run: $(OUT)/arm/threads $(OUT)/arm/isa_parity $(OUT)/arm/model $(OUT)/arm/se
 	$(QEMU) $(OUT)/arm/model 80
 	$(QEMU) $(OUT)/arm/searches 80
 	$(QEMU) $(OUT)/arm/vmath_accuracy 1009
+
+# A program of everything that knows nothing of Python, and the objects of the rest.
+macos: $(OUT)/macos/model $(patsubst csrc/%.cpp,$(OUT)/macos/%.o,$(wildcard csrc/*.cpp csrc/bindings/*.cpp))
 
 fuzz: $(OUT)/asan/fuzz
 	$(OUT)/asan/fuzz $(SECONDS)
