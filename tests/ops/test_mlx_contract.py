@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -112,8 +113,12 @@ def test_explain_names_the_backend(op):
 
 
 @ops
-def test_on_the_gpu_plain_mlx_runs_until_there_are_kernels(op, monkeypatch):
-    monkeypatch.setattr(_arrays, "device", lambda x: "gpu")
+@pytest.mark.parametrize("metal", [False, True])
+def test_on_the_gpu_plain_mlx_runs_where_there_is_no_kernel(op, metal, monkeypatch):
+    if metal and importlib.util.find_spec(f"fastlvm.ops.{op}.metal_op"):
+        pytest.skip("has kernels there: tests/metal")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     inputs = all_mlx(CASES[op].inputs())
     found = {v.backend: v for v in fastlvm.explain(op, **inputs)}
     assert [v.ok for v in found.values()] == [False, False, False, True]

@@ -36,10 +36,13 @@ def device(x: Any) -> str:
     """
     if isinstance(x, np.ndarray):
         return "cpu"
-    if kind(x) == "mlx":
-        mx = sys.modules["mlx.core"]
-        return "cpu" if mx.default_device() == mx.cpu else "gpu"
-    return str(x.device)
+    return mlx_device() if kind(x) == "mlx" else str(x.device)
+
+
+def mlx_device() -> str:
+    """Give "cpu" or "gpu": where mlx, which is loaded, runs what it is given no stream for."""
+    mx = sys.modules["mlx.core"]
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
 def through_torch(function: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:

@@ -15,10 +15,16 @@ THREADS = 256  # of a threadgroup, at most
 SHARED_BYTES = 32768  # of threadgroup memory, at most
 BUSY = 128  # threadgroups that keep a GPU busy
 GROUPS = 256  # threadgroups that a launch should have before each takes several sequences in turn
+MOST_TAPS = 16  # of a filter, all of which a thread holds in registers
 
 # Bits of plan[0], as in common.metal.
 HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, HAS_INITIAL, PACKED, B_CONSTANT = 1, 2, 4, 8, 16, 32, 64
 C_CONSTANT, KEEP, FINAL, HAS_DOUT, HAS_DFINAL, SILU, INDEXED = 128, 256, 512, 1024, 2048, 4096, 8192
+
+
+def too_wide(weight: Any) -> str:
+    """Why there is no kernel for filters [D, W] of more than MOST_TAPS."""
+    return f"a filter of {weight.shape[1]} taps has no Metal kernel; wants {MOST_TAPS} or less"
 
 
 def source(name: str) -> str:

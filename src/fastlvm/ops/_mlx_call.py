@@ -127,17 +127,23 @@ def differentiable(
     forward: Callable[..., tuple[Any, ...]],
     backward: Callable[..., list[Any]],
     formula: Callable[..., tuple[Any, ...]],
+    *,
+    metal: str = "",
+    kept: int = 0,
 ) -> tuple[Any, ...]:
     """Call `forward(*inputs)`, which mlx cannot look into, so that mlx's transformations get it right.
 
-    Reverse mode goes through `backward`; forward mode, higher derivatives, and reverse mode while mlx traces, through
-    `formula`.
+    Reverse mode goes through `backward`; forward mode, higher derivatives, and reverse mode where `backward` wants
+    values and mlx traces, through `formula`.
 
     Args:
         inputs: arrays, all of floats; None for those not given.
         forward: the op's results, by the kernels.
         backward: `backward(cotangents, results, *inputs)` gives a gradient for every input, None for None.
         formula: the same results as `forward`, in mlx's own ops.
+        metal: name of the op where its kernels are Metal's: operations of mlx's graph, for which nothing is evaluated
+            and which mx.vmap does not know.
+        kept: how many results of `forward`, the last ones, are for `backward` alone; they have no cotangents.
     """
     given = [x is not None for x in inputs]
     count = sum(given)
@@ -154,7 +160,9 @@ def differentiable(
 
     def first_order(results: Arrays) -> Callable[..., Any]:
         def kernels(*arrays: Any) -> tuple[Any, ...]:
-            if not evaluated([*arrays, *results]):
+            if metal:
+                arrays = _unmapped(arrays, refuse_vmap)
+            elif not evaluated([*arrays, *results]):
                 return tuple(pull(*arrays))
             found = backward(arrays[count:], results, *whole(arrays[:count]))
             return tuple(gradient for gradient in found if gradient is not None)
@@ -164,10 +172,30 @@ def differentiable(
         function.jvp(lambda arrays, tangents: tuple(_push(pull, arrays, tangents)))
         return function
 
-    call: Any = mx.custom_function(lambda *arrays: tuple(forward(*whole(arrays))))
-    call.vjp(lambda arrays, cotangents, results: _reducible(first_order(results)(*arrays, *cotangents)))
+    def refuse_vmap(*args: Any) -> Any:
+        raise ValueError(
+            f"{metal}: mx.vmap does not go through a Metal kernel; make its axis part of the batch, or use "
+            "backend='reference'"
+        )
+
+    def run(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(forward(*whole(_unmapped(arrays, refuse_vmap) if metal else arrays)))
+
+    call: Any = mx.custom_function(run)
+    call.vjp(lambda arrays, cotangents, found: _reducible(first_order(found)(*arrays, *_without(cotangents, kept))))
     call.jvp(lambda arrays, tangents: tuple(_push(plain, arrays, tangents)))
-    return _reducible(call(*(x for x in inputs if x is not None)))
+    return _reducible(_without(call(*(x for x in inputs if x is not None)), kept))
+
+
+def _without(results: Arrays, last: int) -> Arrays:
+    return results[: len(results) - last]
+
+
+def _unmapped(arrays: Arrays, refuse: Callable[..., Any]) -> tuple[Any, ...]:
+    """The arrays, for a Metal kernel: mx.vmap, which asks the kernel before the function around it, asks this first."""
+    first: Any = mx.custom_function(lambda *xs: xs[0])
+    first.vmap(refuse)
+    return first(*arrays), *arrays[1:]
 
 
 def _reducible(results: Arrays) -> tuple[Any, ...]:
@@ -180,24 +208,32 @@ def _push(function: Callable[..., list[Any]], arrays: Arrays, tangents: Arrays) 
     return mx.jvp(function, list(arrays), moved)[1]
 
 
-def step(op: str, scan: str, state: Any, inputs: Arrays, forward: Callable[..., tuple[Any, Any]]) -> Any:
+def step(
+    op: str, scan: str, state: Any, inputs: Arrays, forward: Callable[..., tuple[Any, Any]], *, metal: bool = False
+) -> Any:
     """The output of one token, and `state` with other values from now on.
 
     mlx's arrays are values: what was made of the state before, or shares its memory, keeps what it had.
-    `forward(state, *inputs)` gives the output and a new array for the states.
+    `forward(state, *inputs)` gives the output and a new array for the states. Gradients and mx.vmap are refused.
+    With `metal` it is a Metal kernel.
     """
     given = [x is not None for x in inputs]
 
     def refuse(*args: Any) -> Any:
         raise ValueError(f"{op}: a step in place has no gradient; use fastlvm.{scan}")
 
-    def whole(state: Any, *arrays: Any) -> tuple[Any, Any]:
-        each = iter(arrays)
+    def refuse_vmap(*args: Any) -> Any:
+        raise ValueError(f"{op}: a step in place has no mx.vmap; make its axis part of the batch")
+
+    def whole(*arrays: Any) -> tuple[Any, Any]:
+        state, *rest = _unmapped(arrays, refuse_vmap) if metal else arrays
+        each = iter(rest)
         return forward(state, *(next(each) if there else None for there in given))
 
     call: Any = mx.custom_function(whole)
     call.vjp(refuse)
     call.jvp(refuse)
+    call.vmap(refuse_vmap)
     out, after = _reducible(call(state, *(x for x in inputs if x is not None)))
     state[...] = after
     return out

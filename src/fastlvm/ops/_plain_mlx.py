@@ -22,6 +22,18 @@ def silu(x: Any) -> Any:
     return x * mx.sigmoid(x)
 
 
+def after(x: Any, *ready: Any) -> Any:
+    """`x`, no earlier than `ready`, arrays with elements: for a graph in parts that are not all in memory at once.
+
+    It is what mx.depends does, which mlx can neither map nor take to forward mode. mx.compile does not find that a part
+    is the same as another which comes after something else.
+    """
+    if not ready:
+        return x
+    elements = [mx.stop_gradient(y[(0,) * y.ndim]) for y in ready]
+    return mx.where(True, x, sum(elements[1:], elements[0]).astype(x.dtype))
+
+
 def recurrence(decay: Any, inputs: Any, initial: Any) -> Any:
     """All states `h_t = decay_t h_{t-1} + inputs_t` along axis 0 [L, ...], L at least 1, from `initial` [...].
 

@@ -42,7 +42,7 @@ def check_arrays(
         _check_indices(op, named["state"], state_indices)
     if kind == "torch":
         _check_tensors(op, scan, named, states)
-    if kind == "mlx":
+    if kind == "mlx" and _arrays.device(named[states[0]]) == "cpu":
         _check_values_known(op, scan, [*named.values(), state_indices])
 
 
@@ -98,6 +98,13 @@ def _check_tensors(op: str, scan: str, named: dict[str, Any], states: tuple[str,
             )
 
 
+def _check_indices_known(op: str, indices: Any) -> None:
+    from fastlvm.ops import _mlx, _mlx_call
+
+    if not _mlx_call.evaluated([indices]):
+        raise ValueError(f"{op}: state_indices: {_mlx.TRACED}; wants a constant of the function, made outside it")
+
+
 def _check_values_known(op: str, scan: str, arrays: list[Any]) -> None:
     from fastlvm.ops import _mlx, _mlx_call
 
@@ -111,10 +118,10 @@ def _check_values_known(op: str, scan: str, arrays: list[Any]) -> None:
 def check_values(op: str, state: Any, state_indices: Any, name: str = "state") -> None:
     """Check what the kernels check for themselves: elements of the state that overlap, and the values of the indices.
 
-    Skipped where there is no value: while tracing, and on the meta device.
+    Skipped where there is no value: while torch traces, and on the meta device.
 
     Raises:
-        ValueError: two elements may share a place; an index is S or more, or used twice.
+        ValueError: two elements may share a place; an index is S or more, or used twice, or mlx traces the indices.
     """
     if _arrays.kind(state) == "torch":
         import torch
@@ -125,6 +132,8 @@ def check_values(op: str, state: Any, state_indices: Any, name: str = "state") -
         check_apart(op, state, name)
     if state_indices is None:
         return
+    if _arrays.kind(state) == "mlx":
+        _check_indices_known(op, state_indices)
     used, states = set(), state.shape[0]
     for index in state_indices.tolist():
         if index >= states:

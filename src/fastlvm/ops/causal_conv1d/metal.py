@@ -8,7 +8,6 @@ from fastlvm.ops import _metal
 
 STEPS = 32  # of a channel that a thread has
 BATCHES = 16  # that a thread takes in turn, at most
-MOST_TAPS = 16  # a thread holds all of a filter's in registers
 GRADIENTS = ("x", "weight", "bias", "initial_state")
 
 

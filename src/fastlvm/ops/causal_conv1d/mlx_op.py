@@ -11,7 +11,8 @@ from fastlvm.ops.causal_conv1d import reference_mlx
 _ALIKE = (0,)  # x
 
 
-def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: Any, cu_seqlens: Any) -> tuple[Any, Any]:
+def run(*args: Any) -> tuple[Any, Any]:
+    *_, activation, _, cu_seqlens = args
     silu = activation is not None
 
     def forward(*inputs: Any) -> tuple[Any, Any]:
@@ -30,8 +31,16 @@ def run(x: Any, weight: Any, bias: Any, activation: str | None, initial_state: A
         _C.causal_conv1d_bwd(*grads, *given, silu, initial_state, *_mlx_call.written(buffers), cu_seqlens)
         return _mlx_call.gradients(inputs, buffers)
 
+    return differentiable(args, forward, backward)
+
+
+def differentiable(args: Any, forward: Any, backward: Any, **kernels: Any) -> tuple[Any, Any]:
+    """Output and final state of a call of `run`, by `_mlx_call.differentiable`."""
+    x, weight, bias, activation, initial_state, cu_seqlens = args
+
     def formula(x: Any, weight: Any, bias: Any, initial_state: Any) -> tuple[Any, Any]:
         return reference_mlx.conv(x, weight, bias, activation, initial_state, cu_seqlens)
 
-    out, final_state = _mlx_call.differentiable((x, weight, bias, initial_state), forward, backward, formula)
+    inputs = (x, weight, bias, initial_state)
+    out, final_state = _mlx_call.differentiable(inputs, forward, backward, formula, **kernels)
     return out, final_state

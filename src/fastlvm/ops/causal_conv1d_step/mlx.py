@@ -1,9 +1,18 @@
-"""One token of the causal convolution for mlx arrays: the compiled kernels on their memory."""
+"""One token of the causal convolution for mlx arrays: compiled kernels on their memory, on the GPU the Metal kernel."""
 
 from __future__ import annotations
 
-from fastlvm.ops._mlx import describe, runner, supports
+from typing import Any
+
+from fastlvm.ops import _metal, _mlx
+from fastlvm.ops._mlx import describe_with_metal as describe
 
 __all__ = ["describe", "run", "supports"]
 
-run = runner("causal_conv1d_step")
+run = _mlx.runner("causal_conv1d_step")
+
+
+def supports(x: Any, state: Any, weight: Any, *args: Any) -> tuple[bool, str]:
+    if _mlx.on_gpu(x) and weight.shape[1] > _metal.MOST_TAPS:
+        return False, _metal.too_wide(weight)
+    return _mlx.supports_with_metal(x, state, weight, *args)

@@ -46,6 +46,16 @@ class Shape(NamedTuple):
         return 128 if self.state <= SUMMED else 256
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is to be scanned: no step, no state, or nothing at all."""
+        return not (self.sequences and self.channels and self.length and self.state)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are states to keep for the backward: a sequence may have a second chunk."""
+        return not self.empty and self.length > self.chunk
+
+    @property
     def kept_rows(self) -> int:
         """States before every chunk, those before the first one included."""
         if self.sequences == self.batch:
@@ -75,9 +85,9 @@ def scan(
     import mlx.core as mx
 
     shape = Shape.of(u, A, B, C, cu_seqlens)
-    keep = keep and shape.length > shape.chunk
+    keep = keep and shape.keeps
     final_shape = (shape.sequences, shape.channels, shape.state)
-    if not (shape.sequences and shape.channels and shape.length and shape.state):
+    if shape.empty:
         return *_without_steps(u, D, z, initial_state, final_shape, return_final_state), None
     lanes, states = _forward_lanes(shape)
     rows = _metal.rows_of(shape.per_unit, lanes, copies=shape.units * shape.sequences)
@@ -124,7 +134,7 @@ def _forward_lanes(shape: Shape) -> tuple[int, int]:
 def _without_steps(
     u: Any, D: Any, z: Any, initial_state: Any, final_shape: tuple[int, ...], return_final_state: bool
 ) -> tuple[Any, Any]:
-    """Where nothing is to be scanned: no step, no state, or nothing at all."""
+    """Where nothing is to be scanned."""
     import mlx.core as mx
 
     final = None
@@ -203,9 +213,9 @@ def scan_bwd(
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
     shape = Shape.of(u, A, B, C, cu_seqlens)
-    if not (shape.sequences and shape.channels and shape.length and shape.state):
+    if shape.empty:
         return _bwd_without_steps(grad_out, grad_final_state, inputs)
-    if kept is None and shape.length > shape.chunk:
+    if kept is None and shape.keeps:
         kept = scan(*inputs, return_final_state=False, keep=True)[2]
     short = cu_seqlens is None and shape.length <= SHORT and shape.state <= SHORT_STATES * _metal.LANES
     found = (_short_bwd if short else _long_bwd)(shape, grad_out, grad_final_state, inputs, kept)

@@ -12,7 +12,7 @@ _ALIKE = (0, 1, 6)  # u, delta and z
 
 
 def run(*args: Any) -> tuple[Any, Any]:
-    *arrays, delta_softplus, initial_state, cu_seqlens, return_final_state = args
+    *_, delta_softplus, _, cu_seqlens, return_final_state = args
 
     def forward(*inputs: Any) -> tuple[Any, ...]:
         u, A = inputs[0], inputs[2]
@@ -33,9 +33,16 @@ def run(*args: Any) -> tuple[Any, Any]:
         _C.ssm_scan_bwd(*grads, *given, delta_softplus, initial_state, *to_gradients, cu_seqlens)
         return _mlx_call.gradients(inputs, buffers)
 
+    return differentiable(args, forward, backward)
+
+
+def differentiable(args: Any, forward: Any, backward: Any, **kernels: Any) -> tuple[Any, Any]:
+    """Output and final state or None of a call of `run`, by `_mlx_call.differentiable`."""
+    *arrays, delta_softplus, initial_state, cu_seqlens, return_final_state = args
+
     def formula(*inputs: Any) -> tuple[Any, ...]:
         whole = (*inputs[:-1], delta_softplus, inputs[-1], cu_seqlens)
         return reference_mlx.scan(*whole)[: 2 if return_final_state else 1]
 
-    results = _mlx_call.differentiable((*arrays, initial_state), forward, backward, formula)
-    return results if return_final_state else (*results, None)
+    results = _mlx_call.differentiable((*arrays, initial_state), forward, backward, formula, **kernels)
+    return (results[0], results[1]) if return_final_state else (results[0], None)
