@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import SCANS, Target, id_of
+from cells import count, figure, ratio, section
 
 RIVALS = ("reference", "torch.compile", "transformers", "mambapy")
 OTHERS = {
@@ -55,10 +56,6 @@ class Run:
 
     def over_bound(self, case: str, threads: int | None = None) -> float | None:
         return ratio(self.ms(case, "kernel", threads), self.bound(case, threads))
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
 
 
 # --- targets
@@ -196,27 +193,6 @@ def _isas(run: Run, isas: Sequence[tuple[str, int]]) -> Iterable[Sequence[str]]:
         if about["op"] == "ssm_scan":
             found = (run.ms(case, "kernel", threads, isa) for isa, threads in isas)
             yield about["title"], *("–" if ms is None else figure(ms) for ms in found)
-
-
-def figure(ms: float) -> str:
-    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}" if ms < 1000 else f"{ms:.0f}"
-
-
-def count(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
-
-
-def section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A heading and a table with its columns aligned; nothing where there are no rows."""
-    lines = [tuple(cell.replace("|", "\\|") for cell in line) for line in (heads, *rows)]
-    if len(lines) == 1:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([f"### {title}", "", drawn[0], rule, *drawn[1:]])
 
 
 if __name__ == "__main__":

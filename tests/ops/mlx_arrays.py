@@ -6,6 +6,7 @@ import pytest
 import torch
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+mx.set_default_device(mx.cpu)  # it is the GPU on a Mac, where bench/apple.py checks the ops
 
 from fastlvm.ops import _mlx_call as calls  # noqa: E402
 
