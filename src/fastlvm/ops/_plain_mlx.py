@@ -22,16 +22,17 @@ def silu(x: Any) -> Any:
     return x * mx.sigmoid(x)
 
 
-def after(x: Any, *ready: Any) -> Any:
-    """`x`, no earlier than `ready`, arrays with elements: for a graph in parts that are not all in memory at once.
+def after(arrays: _mlx_call.Arrays, ready: _mlx_call.Arrays) -> list[Any]:
+    """The arrays, no earlier than `ready`, which have elements: for a graph in parts that share memory one by one.
 
-    It is what mx.depends does, which mlx can neither map nor take to forward mode. mx.compile does not find that a part
-    is the same as another which comes after something else.
+    It is what mx.depends does, which mlx can neither map nor take to forward mode. To mx.compile, parts after other
+    things are not the same part, so that what is computed again is not kept instead.
     """
     if not ready:
-        return x
+        return list(arrays)
     elements = [mx.stop_gradient(y[(0,) * y.ndim]) for y in ready]
-    return mx.where(True, x, sum(elements[1:], elements[0]).astype(x.dtype))
+    last = sum(elements[1:], elements[0])
+    return [mx.where(True, x, last.astype(x.dtype)) for x in arrays]
 
 
 def recurrence(decay: Any, inputs: Any, initial: Any) -> Any:

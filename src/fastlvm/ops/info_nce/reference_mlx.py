@@ -1,4 +1,4 @@
-"""InfoNCE in plain mlx, with all logits in memory: the formula of `reference`."""
+"""InfoNCE in plain mlx: the formula of `reference`, over tiles of logits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from fastlvm.ops import _mlx_call
+from fastlvm.ops.info_nce import tiles_mlx
 
 
 def run(
@@ -27,17 +28,10 @@ def losses(
     queries, keys = queries.astype(dtype), keys.astype(dtype)
     if not queries.size:  # vectors of no numbers
         queries, keys = mx.zeros((batch, 1), dtype), mx.zeros((count, 1), dtype)
-    logits = (queries @ keys.T) / temperature  # [B, M]
-    own = (queries * keys[:batch]).sum(-1) / temperature
-    left_out = mask
-    if query_labels is not None:
-        same = query_labels[:, None] == key_labels[None]  # [B, M, G]
-        left_out = mx.any(same & (query_labels >= 0)[:, None], axis=-1)
-    if left_out is not None:
-        positives = mx.arange(batch)[:, None] == mx.arange(count)
-        logits = mx.where(left_out & mx.logical_not(positives), -mx.inf, logits)
-    sums = [mx.logsumexp(logits, axis=axis) for axis in ((1, 0) if symmetric else (1,))]
-    return sum(sums[1:], sums[0]) / len(sums) - own, mx.stack(sums)
+    queries = queries / temperature
+    own = (queries * keys[:batch]).sum(-1)
+    sums = tiles_mlx.log_sums(queries, keys, symmetric, mask, query_labels, key_labels)
+    return sums.mean(0) - own, sums
 
 
 def reduced(each: Any, reduction: str) -> Any:

@@ -1,11 +1,13 @@
-"""One token of Mamba-2 in plain mlx: a scan of length 1."""
+"""One token of Mamba-2 in plain mlx: the formulas of `reference`, as a small graph."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
+
 from fastlvm.ops import _mlx_call, _plain_mlx
-from fastlvm.ops.ssd_scan import reference_mlx
+from fastlvm.ops.ssd_scan.reference_mlx import finished, sizes
 
 
 def run(state: Any, *args: Any) -> Any:
@@ -13,11 +15,12 @@ def run(state: Any, *args: Any) -> Any:
     *inputs, dt_softplus, state_indices = args
 
     def forward(state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any) -> tuple[Any, Any]:
-        x, dt, B, C = (M[:, None] for M in (x, dt, B, C))
-        gate = None if z is None else z[:, None]
-        before = _plain_mlx.take(state, state_indices)
-        out, after = reference_mlx.scan(x, dt, A, B, C, D, gate, bias, dt_softplus, before)
-        out = _plain_mlx.blank(out[:, 0], state_indices)
-        return out, _plain_mlx.put(state, state_indices, after)
+        dtype = _mlx_call.state_dtype(x)
+        u, size = x.astype(dtype), sizes(dt, bias, dt_softplus, dtype)
+        B, C = (_plain_mlx.per_channel(M.astype(dtype), x.shape[1], 1)[:, :, None] for M in (B, C))  # [b, h, 1, n]
+        H = _plain_mlx.take(state, state_indices).astype(dtype)  # [b, h, p, n]
+        H = mx.exp(size * A.astype(dtype))[..., None, None] * H + (size[..., None] * u)[..., None] * B
+        out = finished((H * C).sum(-1), u, D, z).astype(x.dtype)
+        return _plain_mlx.blank(out, state_indices), _plain_mlx.put(state, state_indices, H)
 
     return _mlx_call.step("ssd_step", "ssd_scan", state, inputs, forward)
