@@ -100,7 +100,7 @@ def judge(name: str, found: dict[str, Path]) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """What training came to, without its speed: runs may share the machine, and bench/training.py measures."""
+    """What training came to, without its speed: runs may share the machine, and bench/training_steps.py measures."""
     config, history = read_json(path / "config.json"), read_json(path / "history.json")
     best, start = _best(history), history[0]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,8 @@ import typer
 from fastlvm.console import GATES, TrainingBar, interrupted, note, parse_settings, print_sweep, training_verdict
 from fastlvm.errors import GateError, InputError
 
-NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress")  # not for --set
+NAMED = ("name", "model", "payload", "windows", "out", "objective", "resume", "progress", "framework")  # not for --set
+FRAMEWORKS = {"torch": "fastlvm.training", "mlx": "fastlvm.training.mlx"}  # where each has its `train`
 GATE = f"NAME@EPOCH, such as epoch-4@4: stop with exit code 1 unless validation meets the gate then; {GATES}"
 SET = "another setting of model or trainer, such as d_model=256"
 
@@ -32,13 +34,22 @@ def train(
     hard_negatives: Annotated[str | None, typer.Option(help="same-article:K or index:K")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="read articles backwards, as a control")] = False,
     gate: Annotated[list[str] | None, typer.Option(help=GATE)] = None,
+    framework: Annotated[
+        str, typer.Option(help="torch, or mlx, which has fewer settings and needs no torch")
+    ] = "torch",
     setting: Annotated[list[str] | None, typer.Option("--set", help=SET)] = None,
 ) -> None:
     """Train a model; a run starts at the whitened recency mixture and keeps what validation R@5 says helps.
 
     Several processes that share each batch: torchrun --nproc-per-node=2 -m fastlvm train ...
+
+    Without torch: fastlvm train --framework mlx --payload payload --windows windows.npz --out run
     """
-    from fastlvm import Payload, Windows, training
+    from fastlvm import Payload, Windows
+
+    if framework not in FRAMEWORKS:
+        raise InputError(f"--framework: got {framework!r}, wants one of {', '.join(FRAMEWORKS)}")
+    training = importlib.import_module(FRAMEWORKS[framework])
 
     given = {
         "epochs": epochs,

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastlvm.data import Space, Windows
 from fastlvm.errors import InputError, IntegrityError
+from fastlvm.models import weight_file
 from fastlvm.training import checkpoint, load_run, train
 
 from .conftest import TINY, build_payload
@@ -85,7 +87,7 @@ def test_interrupted_again_and_again(payload, windows, tmp_path, whole):
 
 def test_a_second_ctrl_c_while_saving_does_not_spoil_it(payload, windows, tmp_path, whole, monkeypatch):
     out = tmp_path / "run"
-    written = checkpoint.save_file
+    written = weight_file.save_file
     armed = []
 
     def first():
@@ -98,10 +100,10 @@ def test_a_second_ctrl_c_while_saving_does_not_spoil_it(payload, windows, tmp_pa
             interrupt()
         written(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", impatient)
+    monkeypatch.setattr(weight_file, "save_file", impatient)
     with pytest.raises(KeyboardInterrupt):
         go(payload, windows, out, progress=at(2, 1, first))
-    monkeypatch.setattr(checkpoint, "save_file", written)
+    monkeypatch.setattr(weight_file, "save_file", written)
     _, meta = checkpoint.load(out / "last.safetensors")
     assert meta["state"]["step"] == -(-len(windows.rows("train")) // TINY["batch_size"]) + 1
     go(payload, windows, out, resume=True)
@@ -127,12 +129,13 @@ KILLED = """
 import json, os, signal, sys
 import torch
 from fastlvm.data import Payload, Windows
-from fastlvm.training import checkpoint, train
+from fastlvm.models import weight_file
+from fastlvm.training import train
 
 torch.set_num_threads(1)
 payload = Payload.open(sys.argv[1])
 windows = Windows.build(payload, split=(0.6, 0.2, 0.2), seed=0)
-save = checkpoint.save_file
+save = weight_file.save_file
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -146,7 +149,7 @@ def run(out, where):
             die()
 
     if where != "step":
-        checkpoint.save_file = half
+        weight_file.save_file = half
     progress = lambda **e: die() if where == "step" and (e["epoch"], e["step"]) == (2, 2) else None
     train("mamba-s", payload, windows, out, progress=progress, **json.loads(sys.argv[3]))
 
@@ -258,5 +261,5 @@ def test_a_checkpoint_is_written_in_place_not_under_another_name(tmp_path):
     path = tmp_path / "file"
     path.touch()
     before = path.stat().st_ino
-    checkpoint.save_file({"w": torch.zeros(2)}, path, {"key": "value"})
+    weight_file.save_file({"w": np.zeros(2)}, path, {"key": "value"})
     assert path.stat().st_size and path.stat().st_ino == before

@@ -183,14 +183,12 @@ def test_every_gate_with_a_metric_of_one_report_can_be_a_runs():
 
 
 def test_a_validation_gives_the_metrics_of_a_report():
-    import torch
-
     from fastlvm.evaluation.metrics import METRICS
 
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((90, 8)).astype(np.float32)
     rows = np.arange(30, 80)[:, None] + np.arange(4)
-    validation = Validation(np.arange(90), torch.from_numpy(rows), np.arange(90) < 30)
+    validation = Validation(np.arange(90), rows, np.arange(90) < 30)
     found = validation.figures(rng.standard_normal((50, 8)).astype(np.float32), vectors)
     assert set(found) == {key(name) for name in METRICS if name != "cosine"} | {"val_r@5_unseen"}
     assert found["val_eff@5"] == found["val_r@5"] / found["val_contain@50"]

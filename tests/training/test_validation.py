@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from fastlvm.training.validation import Validation
 
@@ -17,7 +16,7 @@ def test_figures_are_those_of_a_plain_sort():
     trained = np.arange(90) < 30
     rows = np.arange(30, 80)[:, None] + np.arange(4)
     predicted = rng.standard_normal((50, 8)).astype(np.float32)
-    found = Validation(groups, torch.from_numpy(rows), trained).figures(predicted, vectors)
+    found = Validation(groups, rows, trained).figures(predicted, vectors)
     for name, there in (("val_r@5", np.ones(90, bool)), ("val_r@5_unseen", ~trained)):
         hits = []
         for query, window in zip(predicted, rows, strict=True):
@@ -35,7 +34,7 @@ def test_pushing_trained_rows_down_lifts_one_figure_alone():
     trained = np.arange(400) < 300
     rows = np.arange(300, 390)[:, None] + np.arange(6)
     predicted = vectors[rows[:, -1]] + 2.5 * rng.standard_normal((90, 16)).astype(np.float32)
-    validation = Validation(np.arange(400), torch.from_numpy(rows), trained)
+    validation = Validation(np.arange(400), rows, trained)
     plain = validation.figures(predicted, vectors)
     pushed = np.where(trained[:, None], 0.1 * vectors, vectors)
     after = validation.figures(predicted, pushed)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlvm.errors import InputError
 from fastlvm.models.config import ModelConfig
 
 
@@ -40,14 +39,7 @@ class Model(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises InputError for what is no context."""
-        config = self.config
-        if x.ndim != 3 or x.shape[2] != config.vector_dim or not 1 <= x.shape[1] <= config.context:
-            raise InputError(
-                f"the context has shape {tuple(x.shape)}, and the model takes "
-                f"[batch, 1 to {config.context}, {config.vector_dim}]"
-            )
-        if not torch.is_floating_point(x):
-            raise InputError(f"the context has dtype {x.dtype}, and the model takes floating-point vectors")
+        self.config.check_context(tuple(x.shape), x.dtype, torch.is_floating_point(x))
 
 
 class Recent:

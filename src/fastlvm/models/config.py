@@ -117,6 +117,15 @@ class ModelConfig:
         cycle = _parse_layout(self.layout)
         return tuple(cycle[i % len(cycle)] for i in range(self.n_layers))
 
+    def check_context(self, shape: tuple[int, ...], dtype: object, floating: bool) -> None:
+        """Raises InputError for what is no context: an array of this shape and dtype."""
+        if len(shape) != 3 or shape[2] != self.vector_dim or not 1 <= shape[1] <= self.context:
+            raise InputError(
+                f"the context has shape {shape}, and the model takes [batch, 1 to {self.context}, {self.vector_dim}]"
+            )
+        if not floating:
+            raise InputError(f"the context has dtype {dtype}, and the model takes floating-point vectors")
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; dt_rank follows a new d_model unless it is given."""
         if "d_model" in changes and "dt_rank" not in changes:

@@ -235,7 +235,7 @@ def step(
     call.jvp(refuse)
     call.vmap(refuse_vmap)
     out, after = _reducible(call(state, *(x for x in inputs if x is not None)))
-    state[...] = after
+    state[:] = after  # mlx 0.30 takes no ellipsis here
     return out
 
 

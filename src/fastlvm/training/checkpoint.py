@@ -7,8 +7,6 @@ It is the only file a resumed run trusts; `history.json` and `best.safetensors` 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 from pathlib import Path
@@ -16,56 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from fastlvm.errors import InputError, IntegrityError
-from fastlvm.files import atomic_file
+from fastlvm.errors import IntegrityError
+from fastlvm.models import weight_file
+from fastlvm.models.weight_file import pick as pick
+from fastlvm.models.weight_file import prefixed as prefixed
 
-# a single metadata key: several would be written in an order that changes from run to run
-_META = "fastlvm"
-_DIGEST = "sha256"  # in the metadata, of the tensors
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON metadata to one safetensors file, atomically."""
-    plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({**meta, _DIGEST: _digest(plain)}, sort_keys=True, allow_nan=False)
-    with atomic_file(path) as temporary:
-        save_file(plain, temporary, {_META: text})
-
-
-def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors' own save_file writes under a temporary name of its own, which a kill would leave in the folder."""
-    path.write_bytes(serialise(tensors, metadata))
+    weight_file.save(path, {name: tensor.numpy(force=True) for name, tensor in tensors.items()}, meta)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save` wrote. Raises InputError when it is missing, IntegrityError when it is damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: name a run folder that holds a checkpoint")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {})[_META])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        digest = meta.pop(_DIGEST)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise IntegrityError(f"{path} is no readable checkpoint ({error}): restore it or train again") from error
-    if digest != _digest(tensors):
-        raise IntegrityError(f"{path} is damaged, its numbers have changed: restore it or train again")
-    return tensors, meta
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Hex SHA-256 of names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    arrays, meta = weight_file.load(path)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    # numpy's empty arrays have strides of 0, which torch refuses to view as bytes
+    return {name: t if t.numel() else t.new_empty(t.shape) for name, t in tensors.items()}, meta
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -74,16 +43,6 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise IntegrityError(f"{path} does not hold this model's weights ({error}): train again") from error
-
-
-def pick(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name starts with `prefix.`, by the rest of their name."""
-    start = prefix + "."
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:

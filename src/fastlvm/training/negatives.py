@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlvm.training import masks
 from fastlvm.training.options import TrainOptions, parse_hard, parse_negatives
 
 MINED = 50  # nearest rows that hard negatives are taken from
@@ -148,30 +149,6 @@ class Negatives:
 
 
 def false_negatives(batch: Batch, candidates: Tensor, articles: Tensor, groups: Tensor, rule: str) -> Tensor:
-    """bool [B, M]: candidates (payload rows [M]) that are no negatives of a window.
-
-    Always the rows of the target's duplicate group. "article" adds the rows of its article; "group" adds the window's
-    own context and its duplicates, which retrieval excludes as well.
-    """
-    if rule == "article":
-        of_article = _among(articles[candidates], articles[batch.target][:, None])
-        return of_article | _among(groups[candidates], groups[batch.target][:, None])
-    return _among(groups[candidates], groups[batch.rows])
-
-
-def _among(labels: Tensor, wanted: Tensor) -> Tensor:
-    """bool [B, M]: which of the labels [M] are among a row of wanted [B, K]; labels are not negative, and few are."""
-    found = torch.zeros(len(wanted), len(labels), dtype=torch.bool)
-    if wanted.numel() == 0 or labels.numel() == 0:
-        return found
-    asked = torch.zeros(int(torch.maximum(wanted.max(), labels.max())) + 1, dtype=torch.bool)
-    asked[wanted] = True
-    near = torch.nonzero(asked[labels]).squeeze(1)
-    ordered, places = torch.sort(labels[near])
-    first = torch.searchsorted(ordered, wanted)
-    counts = (torch.searchsorted(ordered, wanted, right=True) - first).reshape(-1)
-    shift = first.reshape(-1) - (counts.cumsum(0) - counts)  # from a run's place among all found to that in order
-    at = torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
-    rows = torch.arange(len(wanted)).repeat_interleave(wanted.shape[1]).repeat_interleave(counts)
-    found[rows, near[places[at]]] = True
-    return found
+    """bool [B, M]: what `masks.false_negatives` says of a batch's own windows."""
+    rows, among, article, group = (tensor.numpy() for tensor in (batch.rows, candidates, articles, groups))
+    return torch.from_numpy(masks.false_negatives(rows, among, article, group, rule))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fastlvm.data import Space
 from fastlvm.errors import InputError, IntegrityError
@@ -18,8 +17,6 @@ from fastlvm.files import atomic_folder, read_json, write_json
 from fastlvm.models import ModelConfig, create
 from fastlvm.models.config import PRESETS
 from fastlvm.retrieval import blas
-from fastlvm.training import checkpoint
-from fastlvm.training.learned import split_tower
 from fastlvm.training.options import TrainOptions, option_names, parse_gate
 from fastlvm.training.run_gates import RunGates
 
@@ -37,9 +34,16 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 
 
 def request(
-    model: str | ModelConfig, payload: Payload, windows: Windows, settings: dict[str, Any]
+    model: str | ModelConfig,
+    payload: Payload,
+    windows: Windows,
+    settings: dict[str, Any],
+    size: Callable[[ModelConfig], int],
 ) -> tuple[ModelConfig, TrainOptions, bool]:
-    """Sort `settings` into the model's and the training's; the last value tells whether the decay is to be fitted."""
+    """Sort `settings` into the model's and the training's; the last value tells whether the decay is to be fitted.
+
+    size: how many weights a model has, found without memory for them.
+    """
     known = option_names()
     options = TrainOptions.from_dict({key: value for key, value in settings.items() if key in known})
     overrides = {key: value for key, value in settings.items() if key not in known}
@@ -49,15 +53,14 @@ def request(
     fit = isinstance(model, str) and "decay" not in overrides | (PRESETS[model][1] if model in PRESETS else {})
     config = model.replace(**overrides) if isinstance(model, ModelConfig) else ModelConfig.preset(model, **overrides)
     RunGates(options.gates)
-    _check_memory(config)
+    _check_memory(config, size)
     return config, options, fit and config.residual
 
 
-def _check_memory(config: ModelConfig) -> None:
+def _check_memory(config: ModelConfig, size: Callable[[ModelConfig], int]) -> None:
     """Refuse a model whose weights, gradients and moments alone are more than the machine holds."""
     seen = min(config.n_layers, _SEEN_LAYERS)
-    with torch.device("meta"):  # shapes without memory
-        weights = sum(weight.numel() for weight in create(config.replace(n_layers=seen)).parameters())
+    weights = size(config.replace(n_layers=seen))
     needed = 16 * weights * config.n_layers // seen
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -78,11 +81,13 @@ def open_run(
     payload: Payload,
     windows: Windows,
     resume: bool,
+    framework: str = "torch",
 ) -> tuple[dict[str, Any], Space]:
     """Start the run folder `out`, or find what an earlier call left there. Returns its config.json and its space."""
     out = Path(out)
     identity = {
         "format": FORMAT,
+        "framework": framework,
         "model": config.to_dict(),
         "decay_fitted": fit,
         "training": options.to_dict(),
@@ -115,7 +120,7 @@ def _reopen(out: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], Space]
     now = identity["training"]["gates"]
     if asked["gates"] != now and _gates_to_come(out, asked["gates"]) == _gates_to_come(out, now):
         asked["gates"] = now
-    for name, was, wanted in _differences({**found, "training": asked}, identity):
+    for name, was, wanted in _differences({"framework": "torch", **found, "training": asked}, identity):
         raise InputError(f"{out} was started with {name} {was!r}, not {wanted!r}: resume with {was!r} or name another")
     if found["training"].get("gates", []) != now:
         found["training"]["gates"] = now
@@ -175,7 +180,7 @@ def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     return rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
 
 
-def vectors(payload: Payload, space: Space, folder: Path) -> torch.Tensor:
+def vectors(payload: Payload, space: Space, folder: Path) -> np.ndarray:
     """The payload in the space, float32 [N, dim]; a large one in a file that nobody sees and nobody has to delete."""
     shape = (len(payload), payload.dim)
     found: np.ndarray
@@ -187,7 +192,7 @@ def vectors(payload: Payload, space: Space, folder: Path) -> torch.Tensor:
     for first in range(0, shape[0], _BLOCK):
         rows = np.arange(first, min(first + _BLOCK, shape[0]))
         found[rows] = space.apply(payload.take(rows))
-    return torch.from_numpy(found)
+    return found
 
 
 def nearest(predicted: np.ndarray, pool: np.ndarray, windows: np.ndarray, k: int) -> np.ndarray:
@@ -214,6 +219,9 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], S
 
     Raises InputError when `path` is no run folder or holds no best.safetensors yet, IntegrityError for a damaged file.
     """
+    from fastlvm.training import checkpoint
+    from fastlvm.training.learned import split_tower
+
     run = Path(path)
     config = read_config(run)
     tensors, meta = checkpoint.load(run / BEST)
@@ -233,6 +241,7 @@ def predict_with(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
 
     `model` is in eval mode, on the CPU and in float32, as `load_run` gives it.
     """
+    import torch
 
     def predict(context: np.ndarray) -> np.ndarray:
         with torch.no_grad():

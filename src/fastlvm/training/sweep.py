@@ -17,7 +17,8 @@ import numpy as np
 from fastlvm.errors import FastlvmError, InputError
 from fastlvm.files import write_json
 from fastlvm.training import runs
-from fastlvm.training.trainer import RunSummary, train
+from fastlvm.training.loop import RunSummary
+from fastlvm.training.trainer import size, train
 
 if TYPE_CHECKING:
     from fastlvm.data import Payload, Windows
@@ -92,7 +93,7 @@ def sweep(
         if names.count(name) > 1:
             raise InputError(f"{name} is asked for twice: name every model, seed and value once")
     for cell in cells:
-        runs.request(cell.model, payload, windows, _settings(cell, settings))
+        runs.request(cell.model, payload, windows, _settings(cell, settings), size)
     folder = Path(out)
     if jobs > 1:
         with ThreadPoolExecutor(jobs) as pool:

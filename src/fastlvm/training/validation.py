@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
 from fastlvm.evaluation.bootstrap import Bootstrap
 from fastlvm.evaluation.ranks import exact_ranks
@@ -24,20 +23,19 @@ class Validation:
     trained     bool [N], whether a row's article is trained on.
     """
 
-    def __init__(self, groups: np.ndarray, rows: Tensor, trained: np.ndarray) -> None:
-        self.rows = rows
-        self._groups, self._windows = groups, rows.numpy()
+    def __init__(self, groups: np.ndarray, rows: np.ndarray, trained: np.ndarray) -> None:
+        self.rows, self._groups = rows, groups
         self._unseen = np.flatnonzero(~trained)
         place = np.full(len(groups), -1)
         place[self._unseen] = np.arange(len(self._unseen))
-        self._places = place[self._windows]
+        self._places = place[self.rows]
         # The smallest row of a group among these.
         _, first, group = np.unique(groups[self._unseen], return_index=True, return_inverse=True)
         self._unseen_groups = first[group].astype(np.int64)
 
     def figures(self, predicted: np.ndarray, vectors: np.ndarray) -> dict[str, float | None]:
         """predicted float32 [n, dim], of `rows`; vectors float32 [N, dim], the payload. All but the cosine."""
-        found = exact_ranks(predicted, vectors, self._windows[:, -1], self._windows[:, :-1], self._groups)
+        found = exact_ranks(predicted, vectors, self.rows[:, -1], self.rows[:, :-1], self._groups)
         rest = _Rows(vectors, self._unseen)
         unseen = exact_ranks(predicted, rest, self._places[:, -1], self._places[:, :-1], self._unseen_groups)
         nothing = np.zeros(len(found))

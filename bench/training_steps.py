@@ -1,4 +1,4 @@
-"""Training windows a second: `python bench/training.py`, Mamba-S of two sizes, a batch of 1,024 windows.
+"""Training windows a second: `python bench/training_steps.py`, Mamba-S of two sizes, a batch of 1,024 windows.
 
 A step is what `fastlvm train` does with a batch: forward, InfoNCE over the batch's targets, backward, clipping, AdamW.
 Beside it the same step where the scan is the PyTorch reference's, and where it costs nothing: its input passes through,
@@ -27,12 +27,12 @@ from fastlvm.evaluation.latency import machine
 from fastlvm.files import write_json
 from fastlvm.models import create, names, ssm
 from fastlvm.predictor.forward import Forward
+from fastlvm.training.learned import Learned
 from fastlvm.training.negatives import Batch, Negatives
 from fastlvm.training.objective import Objective
 from fastlvm.training.options import TrainOptions
 from fastlvm.training.ranks import Ranks
 from fastlvm.training.step import Step
-from fastlvm.training.trainer import parameter_groups
 from forward_models import forward
 
 SIZES = {
@@ -85,8 +85,9 @@ class Training:
         own = torch.arange(len(vectors))
         objective = Objective(options, vectors, Negatives(options, own, own, own))
         self.batch, self.context = Batch(rows), vectors[rows[:, :-1]]
-        self.parameters = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.parameters, options), fused=True)
+        learned = Learned(model, None, None, options)
+        self.parameters = list(learned.names)
+        self.optimizer = torch.optim.AdamW(learned.groups(), lr=options.lr, fused=True)
         self._step = Step(model, objective, options, Ranks())
         self._generator, self._clip = torch.Generator(), options.clip
 
@@ -95,7 +96,7 @@ class Training:
         with scanning(self.name):
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._step(self.context, self.batch, self._generator, 1.0)
-            torch.nn.utils.clip_grad_norm_(list(self.parameters), self._clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self._clip)
             self.optimizer.step()
             return loss.total.item()
 
