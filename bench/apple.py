@@ -1,10 +1,10 @@
 """The bench of an Apple GPU in one command: `python bench/apple.py`, into apple.json, with a table on the screen.
 
-First every op on mlx arrays with the GPU as the default device, forward and gradients, against float64; then times
+First the ops on mlx arrays with the GPU as the default device, forward and gradients, against float64; then times
 against plain mlx, mlx-lm, PyTorch on MPS and fastlvm's own CPU kernels. Rows are measured in a process of their own;
 one that fails, hangs or ends it has its reason in the file, and the rest go on. The file is written after every row. It
 names the chip, and nobody. `--dry-run` does the same in small sizes on mlx's CPU device, on any machine. Exit codes: 0
-ok, 1 a result is wrong, 2 bad input or no GPU.
+ok, 1 a result is wrong, 2 bad input or no GPU, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,8 @@ def measure(rows: Sequence[Any], given: argparse.Namespace, bytes_per_s: float |
     from apple_check import scrubbed
     from apple_timing import bandwidth, device_info
 
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it, too, and ends this process
     mx.set_default_device(mx.cpu if given.dry_run else mx.gpu)
     if bytes_per_s is None:
         bytes_per_s = bandwidth(given.dry_run)
@@ -323,6 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastlvmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted: {path} has the rows so far", file=sys.stderr)
+        return 130
     print(f"\n{markdown(run.data())}\n{path}")
     return 1 if failed(run.rows) else 0
 

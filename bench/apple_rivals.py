@@ -12,7 +12,7 @@ import numpy as np
 
 from apple_cases import Case, Conv, ConvStep, Given, Nce, Scan, ScanStep, Stepped, leaves, rounded
 from apple_check import chosen, gradient_tolerance, output_tolerance, wide
-from apple_timing import CPU, LOOP, OURS, TORCH, Contender, Missing, memory, reasons, rounds, sets_of
+from apple_timing import CPU, LOOP, OURS, TORCH, Contender, Missing, memory, reasons, rounds, sets_of, verdict
 
 Forward = Callable[[Given], list[Any]]
 Set = tuple[Given, list[Any]]  # arrays, and cotangents where the case has gradients
@@ -46,7 +46,7 @@ def measured(case: Case, seconds: float, bytes_per_s: float) -> dict[str, Any]:
     rounds(ready, found)
     work = case.bytes(given)
     row["bound"] = {"megabytes": work / 1e6, "ms": 1e3 * work / bytes_per_s}
-    return row | {"ok": not found[0].get("wrong"), "contenders": found}
+    return row | {"ok": verdict(found[0]), "contenders": found}
 
 
 def _passes(case: Case) -> str:

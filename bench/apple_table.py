@@ -117,7 +117,9 @@ def _error(one: Row) -> str:
     if "error" in one:
         return f"{'wrong: ' if one.get('wrong') else ''}{_number(one['error'])}"
     wrong = "wrong: " if one.get("wrong") else ""
-    return f"{wrong}loss {one['loss']:.4f}" if "loss" in one else ""
+    if "loss" not in one:
+        return ""
+    return f"{wrong}loss {'not finite' if one['loss'] is None else format(one['loss'], '.4f')}"
 
 
 def _missing(rows: Sequence[Row]) -> Iterable[Sequence[str]]:

@@ -124,6 +124,11 @@ def reasons(entry: dict[str, Any]) -> Iterator[None]:
     mx.clear_cache()
 
 
+def verdict(ours: dict[str, Any]) -> bool | None:
+    """Whether a row's result is right, by the entry of fastlvm's contender; None where nothing came of it."""
+    return False if ours.get("wrong") else None if "reason" in ours else True
+
+
 def sets_of(size: int) -> int:
     """How many sets of inputs of `size` bytes make up ROTATED."""
     return max(2, min(_MOST_SETS, -(-int(ROTATED) // max(size, 1))))

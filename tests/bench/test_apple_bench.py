@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -182,6 +183,34 @@ def test_a_wrong_result_that_is_timed_fails_the_run(monkeypatch, tmp_path, capsy
     assert "wrong: 1.0e-03" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rivals", [True, False], ids=["with-rivals", "alone"])
+def test_a_loss_that_is_not_finite_fails_and_is_written(monkeypatch, tmp_path, capsys, rivals):
+    monkeypatch.setattr(fastlvm, "info_nce", off(fastlvm.info_nce, float("nan")))
+    if not rivals:
+        for name in ("_on_cpu", "_loop", "_torch"):
+            monkeypatch.setattr(Training, name, lambda self: raised(Missing("not here")))
+    code, data = dry(tmp_path, "--only", "train")
+    ours = data["rows"][0]["contenders"][0]
+    assert code == 1 and ours["wrong"] and ours["loss"] is None
+    failed = next(line for line in capsys.readouterr().out.splitlines() if "loss, from the others'" in line)
+    assert [cell.strip() for cell in failed.split("|")[3:5]] == ["not finite", "1.0e-03"]
+
+
+def raised(error):
+    raise error
+
+
+def test_a_timed_row_is_not_right_where_nothing_of_ours_came(monkeypatch):
+    """Nor is it wrong: the row says why."""
+    monkeypatch.setattr(fastlvm, "causal_conv1d_step", lambda **given: raised(RuntimeError("no kernel")))
+    row = apple_rivals.measured(ConvStep(batch=2), 0.001, 1e9)
+    assert row["ok"] is None and row["contenders"][0]["reason"] == "RuntimeError: no kernel"
+    monkeypatch.setattr(Training, "_ours", lambda self, name=OURS: raised(RuntimeError("no kernel")))
+    assert Training().small().measured(0.001, 1e9)["ok"] is None
+    monkeypatch.setitem(sys.modules, "mlx_lm.models.mamba", None)
+    assert LanguageModel(decode=True).small().measured(0.001, 1e9)["ok"] is None
+
+
 # --- what it refuses, and what it goes without
 
 
@@ -270,6 +299,21 @@ def test_rows_that_were_not_reached_say_so(tmp_path):
     run = apple.Run(tmp_path / "apple.json", given)
     apple.follow(run, [Row("late")], given)
     assert run.rows[0]["reason"] == "not reached within 0 s"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a group of processes")
+def test_an_interrupt_is_one_sentence_and_the_rows_so_far_are_kept(tmp_path):
+    """As from a terminal, where every process of the run hears it."""
+    out = tmp_path / "apple.json"
+    command = [sys.executable, BENCH / "apple.py", "--dry-run", "--only", "check", "--out", out]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout.readline().startswith("check-")
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and said == f"interrupted: {out} has the rows so far\n"
+    assert read_json(out)["rows"] and [*tmp_path.iterdir()] == [out]
 
 
 def test_contenders_take_turns_over_inputs_that_rotate():
