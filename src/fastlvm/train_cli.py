@@ -99,7 +99,7 @@ def sweep(
     from fastlvm import Payload, Windows
     from fastlvm.training.sweep import Cell, sweep
 
-    settings = parse_settings(setting or [], taken={*set(NAMED) - {"objective"}, "seed"})
+    settings = parse_settings(setting or [], taken={*set(NAMED) - {"objective", "framework"}, "seed"})
     grid = _grid(vary or [], taken={*settings, "seed"})
     try:
         numbers = [int(part) for part in seeds.split(",")]

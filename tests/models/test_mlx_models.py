@@ -193,6 +193,21 @@ def test_a_file_of_either_framework_loads_in_the_other(name, tmp_path):
         assert mx.array_equal(loaded(mx.array(x.numpy())), own(mx.array(x.numpy())))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_weights_of_another_precision_become_float32_as_in_torch(dtype):
+    model = awake(build("mamba-s")).eval()
+    stored = {name: array.astype(dtype) for name, array in arrays(model).items()}
+    own = twins.create(model.config).eval()
+    twins.load_weights(own, stored, Path("weights"))
+    checkpoint.load_weights(model, {name: torch.from_numpy(array) for name, array in stored.items()}, Path("weights"))
+    found = twins.weights(own)
+    for name, wanted in arrays(model).items():
+        assert found[name].dtype == np.float32, name
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+    x = contexts()
+    close(own(mx.array(x.numpy())), model(x))
+
+
 def test_a_payload_tower_is_no_part_of_the_model(tmp_path):
     model = awake(build("mlp")).eval()
     tensors = {**model.state_dict(), "tower.up.weight": torch.ones(3, 3)}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,19 @@ def test_a_part_of_the_payload_is_another_one_in_every_step():
     _, objective, windows = objectives(negatives="payload:20")
     first, again, other = (objective.task(windows, np.random.default_rng(seed)).keys for seed in (1, 1, 2))
     assert first.shape == (12 + 20, 12) and mx.array_equal(first, again) and not mx.array_equal(first[12:], other[12:])
+
+
+def test_numpy_holds_one_mask_of_the_candidates():
+    """At 1,024 windows and all rows of a large payload it is 600 MB."""
+    vectors = np.eye(4000, 8, dtype=np.float32)
+    objective = Objective(TrainOptions(negatives="payload"), vectors, np.arange(4000), np.arange(4000), np.arange(4000))
+    windows = np.arange(512)[:, None] + np.arange(6)
+    tracemalloc.start()
+    try:
+        task = objective.task(windows)
+        assert task.mask is not None and tracemalloc.get_traced_memory()[1] < 1.5 * task.mask.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_steps_of_the_optimizer_are_torchs():
@@ -506,6 +520,13 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(payload, saved, tmp_path, 
     result = command("train", "--payload", payload.path, "--windows", saved, "--out", tmp_path / "run", *args)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_torchs_and_says_so(payload, saved, tmp_path):
+    given = ("--payload", payload.path, "--windows", saved, "--out", tmp_path / "sweep", "--set", "framework=mlx")
+    result = command("sweep", *given)
+    assert result.exit_code == 2 and "'framework' is no field of a model" in result.stderr
+    assert not (tmp_path / "sweep").exists()
 
 
 def without(module, *args):

@@ -22,7 +22,7 @@ def weights(module: nn.Module) -> dict[str, np.ndarray]:
 def load_weights(module: nn.Module, tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Put `tensors` into `module`; a missing, unknown or wrongly shaped one is an IntegrityError."""
     try:
-        module.load_weights([(name, mx.array(array)) for name, array in tensors.items()])
+        module.load_weights([(name, mx.array(array, mx.float32)) for name, array in tensors.items()])
     except ValueError as error:
         raise IntegrityError(f"{path} does not hold this model's weights ({error}): train again") from error
     mx.eval(module.parameters())

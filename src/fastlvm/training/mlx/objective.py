@@ -57,7 +57,8 @@ class Objective:
         masked[np.arange(size), np.arange(size)] = False
         rest = self.vectors[rows[size:]] if self.pool_vectors is None else self.pool_vectors
         keys = mx.concatenate([target, mx.array(rest)])
-        return Task(target, keys, mx.array(masked), float(np.count_nonzero(~masked) / max(1, size) - 1))
+        count = (masked.size - np.count_nonzero(masked)) / max(1, size) - 1
+        return Task(target, keys, mx.array(masked), count)
 
     def _of_pool(self, generator: np.random.Generator | None) -> np.ndarray:
         if not self.drawn:
